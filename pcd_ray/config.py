@@ -1,0 +1,649 @@
+"""Every option of a run: documented, checked where it is declared, frozen.
+
+A configuration is a YAML file that lists what differs from the defaults below, plus overrides
+``dotted.key=value`` from the command line. Origins in brackets: [code] the authors' released
+code, [ours] decided here. No value here is claimed to stand in the paper.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pcd_ray.errors import ConfigError
+
+_FORBID = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    name: str = "pcd"
+    """Name of the run; its output folder is ``root/name``. The same name resumes the same run."""
+    root: str = "runs"
+    """Folder or bucket prefix that holds runs; shared by all nodes of a cluster."""
+    seed: int = 0
+    """Root of every random draw: order of images, views, initial weights, initial queue."""
+    allow_changes: bool = False
+    """Resume although a setting that matters differs from the stored run's."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a plain name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One collection of images to pack."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    uri: str
+    """A folder tree, a bucket prefix, or a ``.txt``/``.csv`` list (``path`` or ``path,label``)."""
+    weight: float = 1.0
+    """How often each image is seen per epoch, on average; 1 is exactly once."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, "data.sources.weight", self.weight, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Images in storage and how Ray Data works on them."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    sources: tuple[SourceConfig, ...] = ()
+    """What ``pack`` reads: URIs, or ``{uri, weight}`` mappings."""
+    shards: str = ""
+    """Folder of packed shards: ``pack`` writes it, ``train`` reads it."""
+    max_bad_fraction: float = 0.01
+    """Share of unreadable images above which ``pack`` stops, in [0, 1]."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels (width x height) are refused as unreadable."""
+    shard_mib: int = 128
+    """Encoded bytes per shard, in MiB, before rounding to whole images."""
+    images_per_task: int = 32
+    """Images that one Ray Data task reads, decodes and augments; also the size of its block."""
+    prefetch_batches: int = 2
+    """Batches kept ready on each training worker."""
+    cpus_per_task: float = 1.0
+    """CPUs that one Ray Data task reserves."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            "data.max_bad_fraction",
+            self.max_bad_fraction,
+            "in [0, 1]",
+        )
+        _require(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "> 0")
+        _require(self.shard_mib > 0, "data.shard_mib", self.shard_mib, "> 0")
+        _require(self.images_per_task > 0, "data.images_per_task", self.images_per_task, "> 0")
+        _require(self.prefetch_batches >= 0, "data.prefetch_batches", self.prefetch_batches, ">= 0")
+        _require(self.cpus_per_task > 0, "data.cpus_per_task", self.cpus_per_task, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """How an image becomes views; the probabilities and strengths are [code]'s."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    image_size_px: int = 224
+    """Side of a view, in pixels."""
+    min_scale: float = 0.08
+    """Smallest share of the image's area that a crop may cover."""
+    max_scale: float = 1.0
+    """Largest share of the image's area that a crop may cover."""
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter_prob: float = 0.8
+    """Probability of colour jitter."""
+    brightness: float = 0.4
+    """Colour jitter: brightness factor in [1 - b, 1 + b]."""
+    contrast: float = 0.4
+    """Colour jitter: contrast factor in [1 - c, 1 + c]."""
+    saturation: float = 0.2
+    """Colour jitter: saturation factor in [1 - s, 1 + s]."""
+    hue: float = 0.1
+    """Colour jitter: hue shift in [-h, h], as a share of the colour circle, at most 0.5."""
+    grey_prob: float = 0.2
+    """Probability of turning grey."""
+    student_blur_prob: float = 1.0
+    """Probability of Gaussian blur, sigma 0.1 to 2 pixels, on the student's view."""
+    teacher_blur_prob: float = 0.1
+    """The same on the teacher's view."""
+    student_solarize_prob: float = 0.0
+    """Probability of inverting pixels of 128 and above on the student's view."""
+    teacher_solarize_prob: float = 0.2
+    """The same on the teacher's view."""
+    photometric: Literal["shared", "independent"] = "shared"
+    """Whether one crop seen by both networks has one set of colours (``shared``: the student's
+    view serves both, half the work) or two; two different crops always have two. [ours]"""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size_px >= 8, "augment.image_size_px", self.image_size_px, ">= 8")
+        _require(
+            0 < self.min_scale <= self.max_scale <= 1,
+            "augment.min_scale",
+            self.min_scale,
+            f"in (0, augment.max_scale={self.max_scale}] and augment.max_scale in (0, 1]",
+        )
+        for name in _PROBABILITIES:
+            _require(
+                0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "in [0, 1]"
+            )
+        for name in ("brightness", "contrast", "saturation"):
+            _require(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), ">= 0")
+        _require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "in [0, 0.5]")
+
+
+_PROBABILITIES = (
+    "flip_prob",
+    "jitter_prob",
+    "grey_prob",
+    "student_blur_prob",
+    "teacher_blur_prob",
+    "student_solarize_prob",
+    "teacher_solarize_prob",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptorConfig:
+    """SpatialAdaptor: how the teacher's head, made for vectors, takes maps."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    rule: Literal["gate", "tangent", "naive"] = "gate"
+    """Rule for activations: ``gate`` [code] and ``tangent`` [ours] preserve the mean, ``naive``
+    applies them pixel by pixel and does not (the ablation)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """The frozen network that teaches."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    arch: str = "mocov3_resnet50"
+    """A published release (``mocov3_resnet50``) or any timm model name."""
+    weights: str = ""
+    """Its weights file (.safetensors, .pth), any URI; empty takes timm's own pretrained ones."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of ``timm.create_model``, e.g. ``{pad_type: same}``."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means of its input in [0, 1]; default: what the release or timm says."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations of its input; default as for ``mean``."""
+    licence: str = ""
+    """Licence of the weights, recorded in checkpoints and exports; default: what the release or timm
+    says, else ``unknown``."""
+    head: Literal["auto", "published", "pca", "none"] = "auto"
+    """Projection head: the one in the weights (``published``), principal components of its own
+    pixels fitted at the start (``pca``), bare features (``none``); ``auto`` takes the first that
+    the weights allow of ``published`` and ``pca``."""
+    pca_dim: int = 256
+    """Width of the ``pca`` head."""
+    pca_images: int = 1024
+    """Images that the ``pca`` head is fitted on; fewer when there are fewer."""
+    pca_whiten: float = 0.0
+    """Exponent in [0, 1] of whitening: components are divided by (standard deviation)^this."""
+    adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
+    """How its head takes maps."""
+
+    def __post_init__(self) -> None:
+        _require(self.pca_dim > 0, "teacher.pca_dim", self.pca_dim, "> 0")
+        _require(self.pca_images > 1, "teacher.pca_images", self.pca_images, "> 1")
+        _require(0 <= self.pca_whiten <= 1, "teacher.pca_whiten", self.pca_whiten, "in [0, 1]")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            ok = values is None or all(0 <= v <= 1 for v in values)
+            _require(ok, f"teacher.{name}", values, "three numbers in [0, 1]")
+        _require(
+            self.std is None or min(self.std) > 0, "teacher.std", self.std, "three numbers > 0"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MhsaConfig:
+    """Multi-head self-attention on the student's last map; its exact shape is [ours]."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    depth: int = 1
+    """Attention layers; 0 leaves the neck out."""
+    heads: int = 8
+    """Attention heads per layer; must divide the backbone's channels."""
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 0, "student.mhsa.depth", self.depth, ">= 0")
+        _require(self.heads > 0, "student.mhsa.heads", self.heads, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """The network that learns."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    backbone: str = "resnet18"
+    """Any timm model name."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of ``timm.create_model``."""
+    mhsa: MhsaConfig = field(default_factory=MhsaConfig)
+    """The attention neck between backbone and head."""
+    head_hidden: int = 0
+    """Hidden width of a two-layer head for a teacher without layers to mirror; 0: one layer."""
+    predictor: bool = True
+    """Mirror the teacher's predictor too, where it has one. [code]"""
+
+    def __post_init__(self) -> None:
+        _require(self.head_hidden >= 0, "student.head_hidden", self.head_hidden, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairingConfig:
+    """Which teacher position is the positive of which student position."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    kind: Literal["same_view", "cross_view_index", "cross_view_geometric"] = "same_view"
+    """One crop for both networks [ours]; two crops paired by index [code]; two crops paired by
+    true image coordinates [ours]."""
+    radius: float = 0.7
+    """``cross_view_geometric``: largest distance of paired cell centres, in cell diagonals."""
+
+    def __post_init__(self) -> None:
+        _require(self.radius > 0, "pairing.radius", self.radius, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Pixel-wise contrastive loss."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    temperature: float = 0.2
+    """Softmax temperature tau, > 0; lower is sharper. [code]"""
+    queue_size: int = 65_536
+    """Negatives K kept in the feature queue. [code]"""
+    implementation: Literal["auto", "plain", "fused", "chunked"] = "auto"
+    """How it is computed; ``auto`` takes ``fused`` where the width allows, else ``chunked``."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "loss.temperature", self.temperature, "> 0")
+        _require(self.queue_size > 0, "loss.queue_size", self.queue_size, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser and schedule; the defaults are [code]'s."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    name: Literal["lars", "adamw"] = "lars"
+    """LARS (momentum 0.9, trust coefficient 1e-3) or AdamW."""
+    base_lr: float = 1.0
+    """Learning rate per 256 images of the global batch."""
+    weight_decay: float = 1e-5
+    """Decay of weights; none on biases and norms."""
+    warmup_epochs: float = 10.0
+    """Linear warm-up from 0, in epochs; fractions count."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end of the cosine, as a share of its peak."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient; 0 leaves it."""
+
+    def __post_init__(self) -> None:
+        _require(self.base_lr > 0, "optim.base_lr", self.base_lr, "> 0")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, ">= 0")
+        _require(
+            0 <= self.final_lr_fraction <= 1,
+            "optim.final_lr_fraction",
+            self.final_lr_fraction,
+            "in [0, 1]",
+        )
+        _require(self.clip_grad_norm >= 0, "optim.clip_grad_norm", self.clip_grad_norm, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The training loop and its workers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    epochs: int = 100
+    """Passes over the packed images. [code]"""
+    global_batch_size: int = 1024
+    """Images per optimiser step, over all workers and accumulation steps. [code]"""
+    accumulation_steps: int = 1
+    """Forward and backward passes per optimiser step."""
+    num_workers: int = 1
+    """Ray Train workers; one GPU each when ``device`` is cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; ``auto`` takes cuda when the cluster has GPUs."""
+    cpus_per_worker: float = 0.0
+    """CPUs each worker reserves; 0: none on GPU nodes, else an equal part of all but one CPU (or
+    half of the CPUs when there are two or fewer), so that Ray Data always has room."""
+    threads_per_worker: int = 0
+    """Torch threads per worker; 0: the node's cores divided by its workers."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: autocast to bfloat16; gates, norms and the loss stay in float32."""
+    channels_last: bool = False
+    """Store maps with channels innermost."""
+    sync_batchnorm: bool = False
+    """Compute BatchNorm statistics over all workers (cuda only)."""
+    compile: bool = False
+    """Compile the student and the teacher with torch.compile."""
+    log_every_steps: int = 10
+    """Optimiser steps between two lines of metrics."""
+    checkpoint_every_steps: int = 0
+    """Optimiser steps between checkpoints, besides those at each epoch; 0: epochs alone."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    max_failures: int = 3
+    """Times that a failed worker group is started again from the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size", "accumulation_steps", "num_workers"):
+            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        for name in ("log_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        for name in (
+            "cpus_per_worker",
+            "threads_per_worker",
+            "checkpoint_every_steps",
+            "max_failures",
+        ):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), ">= 0")
+        batch, parts = self.global_batch_size, self.num_workers * self.accumulation_steps
+        if batch % parts:
+            lower = batch - batch % parts
+            fix = f"use {lower + parts}" if lower == 0 else f"use {lower} or {lower + parts}"
+            raise ValueError(
+                f"train.global_batch_size={batch} does not split over train.num_workers="
+                f"{self.num_workers} x train.accumulation_steps={self.accumulation_steps}; {fix}"
+            )
+
+    @property
+    def batch_size_per_worker(self) -> int:
+        """Images that one worker takes per optimiser step."""
+        return self.global_batch_size // self.num_workers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """How a student is judged; labels are used here alone."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    every_epochs: int = 0
+    """Epochs between kNN evaluations while training; 0: at the end alone."""
+    knn_train: str = ""
+    """Labelled folder (class subfolders) or packed shards whose images vote; empty: no kNN."""
+    knn_test: str = ""
+    """Labelled folder or packed shards whose images are classified."""
+    knn_k: int = 20
+    """Neighbours that vote, each with weight exp(cosine / 0.07); one neighbour is reported too."""
+    segmentation: str = ""
+    """Folder with images/, masks/, train.txt, val.txt (and test.txt): a linear probe on the frozen
+    map is trained at the end of the run; empty: none."""
+    segmentation_size_px: int = 0
+    """Height to which its images are resized; 0 keeps theirs."""
+    image_size_px: int = 0
+    """Side of the centre crop for kNN; 0 takes ``augment.image_size_px``."""
+    batch_size: int = 64
+    """Images per forward pass of an evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
+        _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
+        _require(self.image_size_px >= 0, "eval.image_size_px", self.image_size_px, ">= 0")
+        _require(
+            self.segmentation_size_px >= 0,
+            "eval.segmentation_size_px",
+            self.segmentation_size_px,
+            ">= 0",
+        )
+        _require(self.batch_size > 0, "eval.batch_size", self.batch_size, "> 0")
+        _require(
+            bool(self.knn_train) == bool(self.knn_test),
+            "eval.knn_test",
+            self.knn_test,
+            "given together with eval.knn_train",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """The student file that others load."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    path: str = ""
+    """File to write; empty: ``exported/BACKBONE.safetensors`` in the run's folder."""
+    keep_neck: bool = False
+    """Write the MHSA neck too, to a second file beside it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run lives."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images and shards."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Views."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The frozen network."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """The network that learns."""
+    pairing: PairingConfig = field(default_factory=PairingConfig)
+    """Positives."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss and its negatives."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop and workers."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Judging."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """The student file."""
+
+
+MAY_CHANGE_ON_RESUME = (
+    "run",
+    "data.sources",
+    "data.shards",
+    "data.max_bad_fraction",
+    "data.max_pixels",
+    "data.shard_mib",
+    "data.images_per_task",
+    "data.prefetch_batches",
+    "data.cpus_per_task",
+    "loss.implementation",
+    "teacher.weights",
+    "train.num_workers",
+    "train.accumulation_steps",
+    "train.device",
+    "train.cpus_per_worker",
+    "train.threads_per_worker",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.max_failures",
+    "eval",
+    "export",
+)
+"""Options that a resumed run may set anew. ``data.shards`` and ``teacher.weights`` are places: what
+lies there is compared by content hash instead. ``run.seed`` matters and is compared."""
+
+
+def config_from_values(values: dict[str, Any]) -> Config:
+    """Return a checked Config from plain nested data.
+
+    Raises:
+        ConfigError: all problems at once, each with its dotted path and the nearest known name.
+    """
+    try:
+        return TypeAdapter(Config).validate_python(_with_source_mappings(values))
+    except ValidationError as error:
+        problems = sorted({_problem(dict(item)) for item in error.errors()})
+        raise ConfigError("\n".join(problems)) from error
+
+
+def config_to_values(config: Any) -> dict[str, Any]:
+    """Return a Config (or a section of it) as plain nested data, ready for YAML and JSON."""
+    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return plain
+
+
+def config_from_file(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Return a Config from a YAML file (``""`` for none) and ``dotted.key=value`` overrides.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, or an option is wrong.
+    """
+    values: Any = {}
+    if path:
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file) or {}
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}); give a YAML file"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not YAML ({error}); mend the file") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: holds {type(values).__name__}; give a mapping of sections")
+    for override in overrides:
+        _apply(values, override)
+    return config_from_values(values)
+
+
+def config_from_argv(argv: Sequence[str]) -> Config:
+    """Return a Config from ``[script, CONFIG.yaml, dotted.key=value, ...]``."""
+    words = list(argv[1:])
+    path = words.pop(0) if words and "=" not in words[0] else ""
+    return config_from_file(path, words)
+
+
+def option_names(kind: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every option."""
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(item.type):
+            yield from option_names(item.type, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name
+
+
+def changed_options(old: Config, new: Config) -> list[str]:
+    """Return a line for each option that matters and differs, ``name: old -> new``."""
+    lines = []
+    for name in option_names():
+        harmless = name.startswith(tuple(f"{key}." for key in MAY_CHANGE_ON_RESUME))
+        if (harmless or name in MAY_CHANGE_ON_RESUME) and name != "run.seed":
+            continue
+        before, after = option_value(old, name), option_value(new, name)
+        if before != after:
+            lines.append(f"{name}: {before!r} -> {after!r}")
+    return lines
+
+
+def option_value(config: Config, name: str) -> Any:
+    """Return the value of a dotted option name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole configuration as YAML, defaults included."""
+    return str(yaml.safe_dump(config_to_values(config), sort_keys=False))
+
+
+def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override!r} is no override; write dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML ({error}); quote it") from error
+    *sections, last = name.split(".")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section} is {inner!r}, not a section")
+        place = inner
+    place[last] = "" if value is None and text == "" else value
+
+
+def _with_source_mappings(values: dict[str, Any]) -> dict[str, Any]:
+    """Let ``data.sources`` be one URI or a list of URIs as well as of mappings."""
+    data = values.get("data")
+    if not isinstance(data, dict) or "sources" not in data:
+        return values
+    sources = data["sources"]
+    listed = sources if isinstance(sources, list | tuple) else [sources]
+    mapped = [{"uri": item} if isinstance(item, str) else item for item in listed]
+    return {**values, "data": {**data, "sources": mapped}}
+
+
+def _problem(item: dict[str, Any]) -> str:
+    """Turn one pydantic error into what, the value, the fix."""
+    path = ".".join(str(part) for part in item["loc"])
+    value = item.get("input")
+    if item["type"] == "unexpected_keyword_argument":
+        return f"{path}: unknown option{_nearest_option(path)}"
+    if item["type"] == "literal_error":
+        allowed = str(item["ctx"]["expected"])
+        return f"{path}={value!r} is not one of {allowed}{_nearest(str(value), allowed)}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    if item["type"] in ("missing", "missing_argument"):
+        return f"{path}: missing; give a value"
+    return f"{path}={value!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _nearest_option(path: str) -> str:
+    near = difflib.get_close_matches(path, [*option_names(), *_section_names()], n=1, cutoff=0.6)
+    if not near:  # the right name in the wrong section is the commonest mistake
+        last = path.rpartition(".")[2]
+        by_last = {name.rpartition(".")[2]: name for name in option_names()}
+        near = [by_last[k] for k in difflib.get_close_matches(last, by_last, n=1, cutoff=0.8)]
+    return f"; did you mean {near[0]}?" if near else "; see the options in pcd_ray/config.py"
+
+
+def _section_names() -> list[str]:
+    return [name.rpartition(".")[0] for name in option_names()]
+
+
+def _nearest(value: str, allowed: str) -> str:
+    words = [word.strip().strip("'\"") for word in allowed.replace(" or ", ",").split(",")]
+    near = difflib.get_close_matches(value, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Images to views: sources, packed shards, the epoch's plan, augmentation."""

@@ -1,0 +1,1 @@
+"""A checkpoint to numbers and pictures."""

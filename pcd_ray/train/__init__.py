@@ -1,0 +1,1 @@
+"""Views to a checkpoint: optimiser, loop, Ray wiring."""
