@@ -184,7 +184,7 @@ class TeacherConfig:
     std: tuple[float, float, float] | None = None
     """Channel standard deviations of its input; default as for ``mean``."""
     licence: str = ""
-    """Licence of the weights, recorded in checkpoints and exports; default: what the release or timm
+    """Licence of the weights, kept in checkpoints and exports; default: what the release or timm
     says, else ``unknown``."""
     head: Literal["auto", "published", "pca", "none"] = "auto"
     """Projection head: the one in the weights (``published``), principal components of its own
