@@ -1,0 +1,165 @@
+"""A run on storage: its folder, and checkpoints that are whole or not there.
+
+A checkpoint is a folder ``step_00001234`` with ``state.pt`` (student, optimiser, queue, step,
+audit: plain tensors and numbers), ``config.yaml`` (all options) and, written last,
+``checkpoint.json`` (format, step, teacher, hash of the state): a folder without a valid one does
+not count.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from pcd_ray import storage
+from pcd_ray.config import Config, config_from_values, to_yaml
+from pcd_ray.errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Names inside a run's output folder."""
+
+    uri: str
+
+    @classmethod
+    def of(cls, config: Config) -> "RunFolder":
+        """Return the folder of a run, ``run.root/run.name``."""
+        return cls(storage.join(storage.absolute(config.run.root), config.run.name))
+
+    def file(self, *parts: str) -> str:
+        """Return the URI of a file in the folder."""
+        return storage.join(self.uri, *parts)
+
+    @property
+    def checkpoints(self) -> str:
+        """URI of the folder that holds the checkpoints."""
+        return self.file("checkpoints")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint, checked against its hash."""
+
+    uri: str
+    state: dict[str, Any]
+    about: dict[str, Any]
+    """What ``checkpoint.json`` says: step, epoch, teacher, metrics, versions."""
+    config: Config
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of a step; names sort as steps do."""
+    return f"step_{step:08d}"
+
+
+def to_host(value: Any) -> Any:
+    """Return a deep copy of nested state with all tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_host(item) for item in value)
+    return value
+
+
+def save_checkpoint(
+    uri: str, state: dict[str, Any], about: Mapping[str, Any], config: Config
+) -> None:
+    """Write a checkpoint folder; it counts once its last file is there.
+
+    Raises:
+        StorageError: no space or no permission; older checkpoints are untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    storage.write_bytes(storage.join(uri, "state.pt"), data)
+    storage.write_text(storage.join(uri, "config.yaml"), to_yaml(config))
+    content = {**about, "format": FORMAT, "state_sha256": hashlib.sha256(data).hexdigest()}
+    storage.write_text(storage.join(uri, "checkpoint.json"), json.dumps(content, indent=2))
+
+
+def load_checkpoint(uri: str) -> Checkpoint:
+    """Read a checkpoint folder and check its hash.
+
+    Raises:
+        CheckpointError: it is no checkpoint, incomplete, damaged, or of another format.
+    """
+    about = _about(uri)
+    if about is None:
+        raise CheckpointError(
+            f"{uri} is no complete checkpoint (no readable checkpoint.json); "
+            "give a step_* folder of a run"
+        )
+    if about.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{uri} has checkpoint format {about.get('format')}, this version reads {FORMAT}; "
+            "use the version of pcd_ray that wrote it"
+        )
+    data = storage.read_bytes(storage.join(uri, "state.pt"))
+    if hashlib.sha256(data).hexdigest() != about["state_sha256"]:
+        raise CheckpointError(f"{uri}/state.pt is damaged (its hash differs); use an older step")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{uri}/state.pt cannot be read: {error}") from error
+    config = config_from_values(yaml.safe_load(storage.read_text(storage.join(uri, "config.yaml"))))
+    return Checkpoint(uri, state, about, config)
+
+
+def checkpoint_steps(folder: RunFolder) -> list[int]:
+    """Return the steps of all complete checkpoints of a run, ascending."""
+    marks = [
+        file.uri.split("/")
+        for file in storage.list_files(folder.checkpoints)
+        if storage.name_of(file.uri) == "checkpoint.json"
+    ]
+    names = [parts[-2] for parts in marks if parts[-2].startswith("step_")]
+    steps = sorted(int(name.removeprefix("step_")) for name in names)
+    return [s for s in steps if _about(storage.join(folder.checkpoints, checkpoint_name(s)))]
+
+
+def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run; damaged ones are passed over."""
+    for step in reversed(checkpoint_steps(folder)):
+        try:
+            return load_checkpoint(storage.join(folder.checkpoints, checkpoint_name(step)))
+        except CheckpointError:
+            continue
+    return None
+
+
+def find_checkpoint(uri: str) -> Checkpoint:
+    """Return a checkpoint by its own folder or the newest one of a run's folder.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if storage.exists(storage.join(uri, "checkpoint.json")):
+        return load_checkpoint(uri)
+    found = latest_checkpoint(RunFolder(storage.absolute(uri)))
+    if found is None:
+        raise CheckpointError(
+            f"{uri} holds no complete checkpoint; give a run's folder or one of its step_* folders"
+        )
+    return found
+
+
+def _about(uri: str) -> dict[str, Any] | None:
+    mark = storage.join(uri, "checkpoint.json")
+    try:
+        content = json.loads(storage.read_text(mark)) if storage.exists(mark) else None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return content if isinstance(content, dict) else None

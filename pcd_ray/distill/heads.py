@@ -1,0 +1,171 @@
+"""Projection heads: read from a state dict for vectors, mirrored as 1x1 convolutions for maps.
+
+Shapes: B images, C backbone channels, D embedding channels, H x W positions.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pcd_ray.errors import WeightsError
+
+ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+}
+_LAYER_KEY = re.compile(r"^(\d+)\.(.+)$")
+
+
+def head_from_state(state: dict[str, Tensor], *, activation: str = "relu") -> nn.Sequential:
+    """Build a head for vectors from keys ``0.weight``, ``1.running_mean``, ...
+
+    A two-dimensional weight is a Linear, running statistics are a BatchNorm1d, a one-dimensional
+    weight alone is a LayerNorm, and an index without keys is the activation.
+
+    Returns:
+        The head in eval mode, every key of ``state`` used.
+
+    Raises:
+        WeightsError: no layers, a key that belongs to none of these, or shapes that do not chain.
+    """
+    layers: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        match = _LAYER_KEY.match(key)
+        if match is None:
+            raise WeightsError(f"head key {key!r} is not INDEX.NAME; this head is no plain MLP")
+        layers.setdefault(int(match[1]), {})[match[2]] = value
+    if not layers:
+        raise WeightsError("the head has no layers; set teacher.head=none for a headless teacher")
+    if activation not in ACTIVATION_LAYERS:
+        raise WeightsError(
+            f"head activation {activation!r} is unknown; use one of {sorted(ACTIVATION_LAYERS)}"
+        )
+    modules = [
+        _layer(index, layers[index]) if index in layers else ACTIVATION_LAYERS[activation]()
+        for index in range(max(layers) + 1)
+    ]
+    head = nn.Sequential(*modules)
+    _check_widths(head)
+    head.load_state_dict(state, strict=True)
+    return head.eval()
+
+
+def linear_widths(head: nn.Sequential) -> list[tuple[int, int]]:
+    """Return (input, output) widths of a head's Linear layers, in order."""
+    return [(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)]
+
+
+def output_width(head: nn.Sequential, channels: int) -> int:
+    """Return the width that a head turns ``channels`` into."""
+    widths = linear_widths(head)
+    return widths[-1][1] if widths else channels
+
+
+@dataclass(frozen=True, slots=True)
+class MlpShape:
+    """What a mirrored head copies from a teacher's: widths behind each layer, and a last norm."""
+
+    widths: tuple[int, ...]
+    final_norm: bool = False
+
+
+def shape_of(head: nn.Sequential) -> MlpShape:
+    """Return the shape of a head for vectors."""
+    last_linear = max(i for i, layer in enumerate(head) if isinstance(layer, nn.Linear))
+    norm = any(isinstance(layer, nn.BatchNorm1d) for layer in head[last_linear + 1 :])
+    return MlpShape(tuple(out for _, out in linear_widths(head)), norm)
+
+
+def mirrored_head(channels: int, shapes: Sequence[MlpShape]) -> nn.Sequential:
+    """Return a head for maps: 1x1 convolution + BatchNorm2d + ReLU, the last layer bare.
+
+    The form is the released code's: first the teacher's projector, then its predictor, each with
+    the teacher's widths behind the backbone's own ``channels``.
+    """
+    layers: list[nn.Module] = []
+    width = channels
+    for shape in shapes:
+        for index, out in enumerate(shape.widths):
+            last = index == len(shape.widths) - 1
+            normed = not last or shape.final_norm
+            layers.append(nn.Conv2d(width, out, 1, bias=not normed))
+            if normed:
+                layers.append(nn.BatchNorm2d(out))
+            if not last:
+                layers.append(nn.ReLU(inplace=True))
+            width = out
+    return nn.Sequential(*layers)
+
+
+def pca_head(pixels: Tensor, *, dim: int, whiten: float) -> nn.Sequential:
+    """Return one fixed Linear: the ``dim`` principal components of (P, C) pixels.
+
+    Each component is divided by its standard deviation to the power ``whiten`` (0: not at all,
+    1: white), relative to the first one's so that scales stay comparable. An affine head, so
+    SpatialAdaptor's law holds by itself (ours).
+
+    Raises:
+        WeightsError: fewer pixels or channels than components, or pixels that do not vary.
+    """
+    count, channels = pixels.shape
+    if dim > min(count - 1, channels):
+        raise WeightsError(
+            f"teacher.pca_dim={dim} exceeds what {count} pixels of {channels} channels hold; "
+            f"use at most {min(count - 1, channels)}"
+        )
+    pixels = pixels.double()
+    mean = pixels.mean(dim=0)  # (C,)
+    covariance = (pixels - mean).T @ (pixels - mean) / (count - 1)  # (C, C)
+    variances, axes = torch.linalg.eigh(covariance)  # ascending
+    variances, axes = variances.flip(0)[:dim].clamp(min=0), axes.flip(1)[:, :dim]
+    if not variances[0] > 0:
+        raise WeightsError("the teacher's pixels do not vary (variance 0); check its weights")
+    # an eigenvector's sign is arbitrary: fix it, so that the same pixels give the same head
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    scale = (variances / variances[0]).clamp(min=1e-6).sqrt() ** -whiten  # (dim,)
+    weight = (axes * scale).T  # (dim, C)
+    linear = nn.Linear(channels, dim)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(-weight @ mean)
+    return nn.Sequential(linear).eval()
+
+
+def _layer(index: int, state: dict[str, Tensor]) -> nn.Module:
+    weight = state.get("weight")
+    if "running_mean" in state:
+        return nn.BatchNorm1d(len(state["running_mean"]), affine=weight is not None)
+    if weight is not None and weight.ndim == 2:
+        return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in state)
+    if weight is not None and weight.ndim == 1:
+        return nn.LayerNorm(len(weight))
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    raise WeightsError(f"head layer {index} with {shapes} is no Linear, BatchNorm or LayerNorm")
+
+
+def _check_widths(head: nn.Sequential) -> None:
+    width: int | None = None
+    for index, layer in enumerate(head):
+        takes = _input_width(layer)
+        if takes is not None and width is not None and takes != width:
+            raise WeightsError(
+                f"head layer {index} takes {takes} channels but the layer before gives {width}; "
+                "the file mixes two heads"
+            )
+        width = layer.out_features if isinstance(layer, nn.Linear) else takes or width
+
+
+def _input_width(layer: nn.Module) -> int | None:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, nn.BatchNorm1d):
+        return layer.num_features
+    if isinstance(layer, nn.LayerNorm):
+        return int(layer.normalized_shape[0])
+    return None
