@@ -82,7 +82,7 @@ def load_teacher(teacher: TeacherConfig) -> LoadedTeacher:
         std=teacher.std or about.get("std"),
     )
     parts = _load_file(file, backbone, teacher.arch) if file else None
-    tag = backbone.body.pretrained_cfg  # type: ignore[union-attr]
+    tag = backbone.body.pretrained_cfg
     known_licence = release.licence if release else about.get("licence") or _licence(tag, file)
     return LoadedTeacher(
         backbone,
