@@ -1,0 +1,62 @@
+"""Scores of predicted masks, from a confusion matrix of pixels.
+
+Shapes: L classes, Y x X mask pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcd_ray.errors import ShardError
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentationScore:
+    """How well predicted masks agree with the truth, over all labelled pixels of a split."""
+
+    miou_pct: float
+    """Mean over classes of intersection / union."""
+    macc_pct: float
+    """Mean over classes of the share of their pixels that were found."""
+    aacc_pct: float
+    """Share of all pixels that are right."""
+    iou_pct: Mapping[str, float]
+    """Class name -> intersection / union; NaN for a class in neither truth nor prediction."""
+
+
+def confusion_matrix(truth: Tensor, predicted: Tensor, *, num_classes: int, void: int) -> Tensor:
+    """Return the pixel counts (L, L) int64: rows the true class, columns the predicted one.
+
+    Args:
+        truth: labels of any shape; ``void`` pixels do not count.
+        predicted: labels of the same shape, each below ``num_classes``.
+        num_classes: L.
+        void: the label that is not judged.
+    """
+    judged = truth != void
+    pairs = truth[judged].long() * num_classes + predicted[judged].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def score_of(confusion: Tensor, classes: Sequence[str]) -> SegmentationScore:
+    """Return the scores of a confusion matrix (L, L).
+
+    Classes in neither truth nor prediction stay out of mIoU, classes not in the truth out of mAcc.
+
+    Raises:
+        ShardError: no pixel was counted.
+    """
+    counts = confusion.double()
+    if counts.sum() == 0:
+        raise ShardError("the masks have 0 labelled pixels; label some that are not void")
+    right = counts.diag()  # (L,)
+    truth = counts.sum(dim=1)  # (L,)
+    iou = 100 * right / (truth + counts.sum(dim=0) - right)  # (L,); 0 / 0 is NaN: class is absent
+    return SegmentationScore(
+        miou_pct=float(iou.nanmean()),
+        macc_pct=float((100 * right / truth).nanmean()),
+        aacc_pct=float(100 * right.sum() / counts.sum()),
+        iou_pct=dict(zip(classes, iou.tolist(), strict=True)),
+    )

@@ -1,0 +1,105 @@
+"""kNN on any labelled folder or shards: images through Ray Data, features on the caller's device.
+
+Shapes: N images, C backbone channels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pcd_ray.config import Config
+from pcd_ray.data.image_index import classes_of, column, relabelled
+from pcd_ray.data.ray_views import eval_batches
+from pcd_ray.data.sources import open_index
+from pcd_ray.errors import ShardError
+from pcd_ray.evaluate.features import FeatureMap, pooled_features
+from pcd_ray.evaluate.knn import knn_top1_pct
+
+
+@dataclass(frozen=True, slots=True)
+class KnnImages:
+    """The images that vote and those that are classified, labels counted alike."""
+
+    train: pa.Table
+    test: pa.Table
+
+
+Gather = Callable[[Tensor], Sequence[Tensor]]
+"""Collects one tensor of each rank, in rank order."""
+
+
+def open_knn_images(config: Config) -> KnnImages | None:
+    """Return the images of ``eval.knn_train`` and ``eval.knn_test``; None when they are not set.
+
+    Raises:
+        ShardError: a collection has no labels, or the two share no class.
+    """
+    if not config.eval.knn_train:
+        return None
+    train, test = open_index(config.eval.knn_train), open_index(config.eval.knn_test)
+    classes = classes_of(train)
+    if not classes or not classes_of(test):
+        bare = config.eval.knn_test if classes else config.eval.knn_train
+        raise ShardError(f"{bare} has no labels; give class subfolders or shards packed from them")
+    test = relabelled(test, classes)
+    known = column(test, "label") >= 0
+    if not known.any():
+        raise ShardError(
+            f"eval.knn_test={config.eval.knn_test} shares no class with eval.knn_train="
+            f"{config.eval.knn_train}; give two parts of one data set"
+        )
+    return KnnImages(train, test.filter(pa.array(known)))
+
+
+def knn_scores(
+    feature_map: FeatureMap,
+    images: KnnImages,
+    config: Config,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    num_ranks: int = 1,
+    gather: Gather = lambda part: [part],
+) -> dict[int, float]:
+    """Return top-1 in percent for one neighbour and for ``eval.knn_k``; a collective over ranks.
+
+    Args:
+        feature_map: frozen network, uint8 (B, S, S, 3) -> (B, C, H, W).
+        images: from `open_knn_images`.
+        config: sizes of crops and batches.
+        device: where the features are computed.
+        rank: this rank; it takes every ``num_ranks``-th image.
+        num_ranks: ranks that share the work.
+        gather: collects the ranks' parts.
+    """
+    parts = []
+    for index in (images.train, images.test):
+        rows = np.arange(rank, index.num_rows, num_ranks)
+        features = _features(feature_map, index, rows, config, device)
+        labels = torch.from_numpy(column(index, "label")[rows]).long()
+        parts += [torch.cat(list(gather(features))), torch.cat(list(gather(labels)))]
+    ks = sorted({1, min(config.eval.knn_k, images.train.num_rows)})
+    return knn_top1_pct(*parts, ks=ks)
+
+
+def _features(
+    feature_map: FeatureMap,
+    index: pa.Table,
+    rows: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+    config: Config,
+    device: torch.device,
+) -> Tensor:
+    batches = eval_batches(
+        index,
+        rows,
+        size_px=config.eval.image_size_px or config.augment.image_size_px,
+        batch_size=config.eval.batch_size,
+        data=config.data,
+    )
+    return pooled_features(
+        feature_map, (torch.from_numpy(views).to(device) for views, _ in batches)
+    ).cpu()

@@ -1,0 +1,189 @@
+"""A labelled segmentation set in a folder: images, index masks, classes, splits.
+
+    classes.txt                    one name per line; line number = label
+    train.txt val.txt [test.txt]   ids, one per line
+    images/ID.jpg|.jpeg|.png       RGB
+    masks/ID.png                   8 bits, one channel: a label, or 255 = void (not judged)
+
+Shapes: B images, H x W pixels of the network's input, Y x X pixels of the mask.
+"""
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pcd_ray import storage
+from pcd_ray.errors import ShardError
+
+VOID = 255
+"""Label of pixels that are not judged."""
+
+_SPLITS = ("train", "val", "test")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentationData:
+    """An opened set: every id of every split has an image and a mask."""
+
+    uri: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, tuple[str, ...]]
+    """Ids of ``train``, ``val`` and, where it is there, ``test``."""
+    images: Mapping[str, str]
+    """Id -> URI of its image."""
+    masks: Mapping[str, str]
+    """Id -> URI of its mask."""
+    size_px: int
+    """Height that images are resized to, their shape kept; 0 keeps theirs. Masks stay whole."""
+
+    def example(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Return an id's image (H, W, 3), resized, and its mask (Y, X) in full size.
+
+        Raises:
+            ShardError: a file is damaged, the two differ in size, or a label is out of range.
+        """
+        image = _decoded(self.images[name]).convert("RGB")
+        mask = _decoded(self.masks[name])
+        self._check(name, image, mask)
+        if self.size_px and self.size_px != image.height:
+            width = max(1, round(image.width * self.size_px / image.height))
+            image = image.resize((width, self.size_px), Image.Resampling.BILINEAR)
+        return np.asarray(image), np.asarray(mask)
+
+    def batches(self, split: str, *, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield uint8 images (B, H, W, 3) and masks (B, Y, X) of a split, in its order.
+
+        A batch ends early where the next image has another size.
+
+        Raises:
+            ShardError: the set has no such split, or as for `example`.
+        """
+        images: list[NDArray[np.uint8]] = []
+        masks: list[NDArray[np.uint8]] = []
+        for name in self.names(split):
+            image, mask = self.example(name)
+            other = bool(images) and (image.shape, mask.shape) != (images[0].shape, masks[0].shape)
+            if other or len(images) == batch_size:
+                yield _stacked(images), _stacked(masks)
+                images, masks = [], []
+            images.append(image)
+            masks.append(mask)
+        yield _stacked(images), _stacked(masks)
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """Return the ids of a split.
+
+        Raises:
+            ShardError: the set has no such split.
+        """
+        if split not in self.splits:
+            raise ShardError(
+                f"{self.uri}: there is no split {split!r}; it has {', '.join(self.splits)}: "
+                f"choose one of these or write {split}.txt"
+            )
+        return self.splits[split]
+
+    def _check(self, name: str, image: Image.Image, mask: Image.Image) -> None:
+        if mask.mode not in ("L", "P"):
+            raise ShardError(
+                f"{self.masks[name]}: its mode is {mask.mode}; save it as an 8-bit PNG with one "
+                "channel, whose values are labels"
+            )
+        if mask.size != image.size:
+            raise ShardError(
+                f"{self.masks[name]}: the mask is {mask.width} x {mask.height} px, its image "
+                f"{image.width} x {image.height}; make them equal"
+            )
+        labels = np.unique(np.asarray(mask))
+        beyond = [int(label) for label in labels if len(self.classes) <= label < VOID]
+        if beyond:
+            raise ShardError(
+                f"{self.masks[name]}: labels {beyond} are beyond the {len(self.classes)} classes "
+                f"of classes.txt; mend the mask, list the classes, or mark void pixels {VOID}"
+            )
+
+
+def open_segmentation(uri: str, *, size_px: int = 0) -> SegmentationData:
+    """Open a folder or bucket prefix laid out as at the top of this module.
+
+    Args:
+        uri: the folder.
+        size_px: height that images are resized to; 0 keeps theirs.
+
+    Raises:
+        ShardError: a list is missing or empty, or an id has no image or no mask.
+        StorageError: the folder cannot be read.
+    """
+    splits = {
+        split: _lines(uri, f"{split}.txt")
+        for split in _SPLITS
+        if split != "test" or storage.exists(storage.join(uri, "test.txt"))
+    }
+    classes = _lines(uri, "classes.txt")
+    if len(classes) > VOID:
+        raise ShardError(
+            f"{uri}/classes.txt: {len(classes)} classes do not fit 8-bit masks, in which {VOID} is "
+            f"void; use at most {VOID}"
+        )
+    images = _files(uri, "images", suffixes=_IMAGE_SUFFIXES)
+    masks = _files(uri, "masks", suffixes=(".png",))
+    _check_present(uri, splits, {"image in images/": images, "mask in masks/": masks})
+    return SegmentationData(uri, classes, splits, images, masks, size_px)
+
+
+def _check_present(
+    uri: str, splits: Mapping[str, tuple[str, ...]], kinds: Mapping[str, Mapping[str, str]]
+) -> None:
+    for split, names in splits.items():
+        for kind, found in kinds.items():
+            absent = [name for name in names if name not in found]
+            if absent:
+                shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+                raise ShardError(
+                    f"{uri}: {len(absent)} of {len(names)} ids in {split}.txt have no {kind} "
+                    f"({shown}); add the files or remove the ids"
+                )
+
+
+def _lines(uri: str, name: str) -> tuple[str, ...]:
+    path = storage.join(uri, name)
+    if not storage.exists(path):
+        raise ShardError(
+            f"{path}: is missing; a segmentation set has images/, masks/, classes.txt, train.txt "
+            "and val.txt"
+        )
+    lines = tuple(line.strip() for line in storage.read_text(path).splitlines() if line.strip())
+    if not lines:
+        raise ShardError(f"{path}: is empty; write one name per line")
+    return lines
+
+
+def _files(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Return id -> URI of the files in a folder; an id is a path without its suffix."""
+    start = len(storage.absolute(storage.join(uri, folder)).partition("?")[0]) + 1
+    found = {}
+    for file in storage.list_files(storage.join(uri, folder)):
+        name, dot, suffix = file.uri.partition("?")[0][start:].rpartition(".")
+        if (dot + suffix).lower() in suffixes:
+            found[name] = file.uri
+    return found
+
+
+def _decoded(uri: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(storage.read_bytes(uri)))
+        image.load()
+    except (OSError, SyntaxError) as error:  # PIL's PNG reader raises SyntaxError
+        raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
+    return image
+
+
+def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
