@@ -1,0 +1,224 @@
+"""One image and one seed -> its views, with crop box and flip.
+
+Shapes: S = side of a view in pixels. A box is (left, top, width, height, flip): pixels of the
+upright original image, flip 0 or 1. The operations are torchvision's on PIL images, bit for bit,
+without importing torch into Ray Data's workers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from pcd_ray.data.decode import finish_rgb, open_image, upright_size
+from pcd_ray.seeds import derive_seed
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Box = np.ndarray[Any, np.dtype[np.float32]]
+
+_RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+_SIGMA_PX = (0.1, 2.0)
+_SOLARIZE_FROM = 128
+_EVAL_MARGIN = 256 / 224
+_OVERSAMPLING = 2.0  # a JPEG decoded at half size keeps twice the pixels a view needs, or more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewRecipe:
+    """How an image becomes views, as plain values; their meaning is `AugmentConfig`'s."""
+
+    image_size_px: int
+    min_scale: float
+    max_scale: float
+    flip_prob: float
+    jitter_prob: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    grey_prob: float
+    student_blur_prob: float
+    teacher_blur_prob: float
+    student_solarize_prob: float
+    teacher_solarize_prob: float
+    two_crops: bool
+    """The teacher sees another crop than the student."""
+    two_colours: bool
+    """The teacher's view has its own colours; needed for two crops."""
+
+    def __post_init__(self) -> None:
+        if self.two_crops and not self.two_colours:
+            raise ValueError("two_crops=True with two_colours=False: two crops have two colours")
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """One image's views: (S, S, 3) pixels and (5,) boxes; no teacher view where one serves both."""
+
+    student: Pixels
+    teacher: Pixels | None
+    student_box: Box
+    teacher_box: Box
+
+
+def make_views(image: Image.Image, recipe: ViewRecipe, seed: int) -> Views:
+    """Return the views of an RGB image; geometry and each view's colours draw on their own."""
+    return _render(image, image.size, recipe, seed)
+
+
+def views_of_bytes(data: bytes, recipe: ViewRecipe, seed: int, *, max_pixels: int) -> Views:
+    """Return the views of an encoded image.
+
+    The same as `make_views` of the decoded image, but a JPEG several times larger than its views
+    need is decoded at a reduced size.
+
+    Raises:
+        UnreadableImage: the bytes cannot be decoded.
+    """
+    opened = open_image(data, max_pixels=max_pixels)
+    size = upright_size(opened)
+    zoom = max(
+        _OVERSAMPLING * recipe.image_size_px / min(box[2:4]) for box in _boxes(size, recipe, seed)
+    )
+    image = finish_rgb(opened, reduce_to=(size[0] * zoom, size[1] * zoom) if zoom < 1 else None)
+    return _render(image, size, recipe, seed)
+
+
+def eval_view(image: Image.Image, size_px: int) -> Pixels:
+    """Return an image's centre crop, (size_px, size_px, 3); its short side is 256/224 of that."""
+    short = round(size_px * _EVAL_MARGIN)
+    width, height = image.size
+    scale = short / min(width, height)
+    resized = image.resize(
+        (max(short, round(width * scale)), max(short, round(height * scale))),
+        Image.Resampling.BICUBIC,
+    )
+    left, top = (resized.width - size_px) // 2, (resized.height - size_px) // 2
+    return np.asarray(resized.crop((left, top, left + size_px, top + size_px)))
+
+
+def _render(image: Image.Image, size: tuple[int, int], recipe: ViewRecipe, seed: int) -> Views:
+    """Draw and make the views of an image whose original is ``size`` pixels large."""
+    student_box, teacher_box = _boxes(size, recipe, seed)
+    student_crop = _crop(image, size, student_box, recipe.image_size_px)
+    student = _coloured(
+        student_crop,
+        recipe,
+        np.random.default_rng(derive_seed(seed, "student")),
+        blur_prob=recipe.student_blur_prob,
+        solarize_prob=recipe.student_solarize_prob,
+    )
+    if not recipe.two_colours:
+        return Views(np.asarray(student), None, _array(student_box), _array(teacher_box))
+    teacher_crop = student_crop
+    if recipe.two_crops:
+        teacher_crop = _crop(image, size, teacher_box, recipe.image_size_px)
+    teacher = _coloured(
+        teacher_crop,
+        recipe,
+        np.random.default_rng(derive_seed(seed, "teacher")),
+        blur_prob=recipe.teacher_blur_prob,
+        solarize_prob=recipe.teacher_solarize_prob,
+    )
+    return Views(np.asarray(student), np.asarray(teacher), _array(student_box), _array(teacher_box))
+
+
+_PlainBox = tuple[int, int, int, int, bool]
+
+
+def _array(box: _PlainBox) -> Box:
+    return np.array(box, np.float32)
+
+
+def _boxes(size: tuple[int, int], recipe: ViewRecipe, seed: int) -> tuple[_PlainBox, _PlainBox]:
+    """Draw the student's and the teacher's box; the same one where both see one crop."""
+    rng = np.random.default_rng(derive_seed(seed, "geometry"))
+    student = _random_box(size, recipe, rng)
+    return student, _random_box(size, recipe, rng) if recipe.two_crops else student
+
+
+def _random_box(size: tuple[int, int], recipe: ViewRecipe, rng: np.random.Generator) -> _PlainBox:
+    """Draw a random resized crop: area and log-ratio uniform, else the largest centre crop."""
+    width, height = size
+    flip = bool(rng.random() < recipe.flip_prob)
+    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(recipe.min_scale, recipe.max_scale)
+        ratio = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return int(left), int(top), w, h, flip
+    w = min(width, max(1, round(height * _RATIO[1])))
+    h = min(height, max(1, round(width / _RATIO[0])))
+    return (width - w) // 2, (height - h) // 2, w, h, flip
+
+
+def _crop(image: Image.Image, size: tuple[int, int], box: _PlainBox, side_px: int) -> Image.Image:
+    """Cut, resize (antialiased bilinear) and flip in as few passes as Pillow can."""
+    left, top, width, height, flip = box
+    x, y = image.width / size[0], image.height / size[1]  # 1 unless decoded at a reduced size
+    part = (left * x, top * y, (left + width) * x, (top + height) * y)
+    view = image.resize((side_px, side_px), Image.Resampling.BILINEAR, box=part)
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
+
+
+def _coloured(
+    view: Image.Image,
+    recipe: ViewRecipe,
+    rng: np.random.Generator,
+    *,
+    blur_prob: float,
+    solarize_prob: float,
+) -> Image.Image:
+    """Jitter, grey, blur and solarise a view, each with its probability.
+
+    Every number is drawn whether used or not, so that switching one operation off leaves the
+    others as they were.
+    """
+    chance = rng.random(4)  # jitter, grey, blur, solarise
+    order = rng.permutation(4)
+    factors = rng.uniform(-1, 1, 4)
+    sigma = rng.uniform(*_SIGMA_PX)
+    if chance[0] < recipe.jitter_prob:
+        view = _jittered(view, recipe, order.tolist(), factors.tolist())
+    if chance[1] < recipe.grey_prob:
+        view = view.convert("L").convert("RGB")
+    if chance[2] < blur_prob:
+        view = view.filter(ImageFilter.GaussianBlur(sigma))
+    if chance[3] < solarize_prob:
+        view = ImageOps.solarize(view, _SOLARIZE_FROM)
+    return view
+
+
+def _jittered(
+    view: Image.Image, recipe: ViewRecipe, order: list[int], factors: list[float]
+) -> Image.Image:
+    """Apply brightness, contrast, saturation and hue in the drawn order; factors in [-1, 1]."""
+    for operation in order:
+        factor = factors[operation]
+        if operation == 0 and recipe.brightness:
+            view = ImageEnhance.Brightness(view).enhance(_around_one(recipe.brightness, factor))
+        elif operation == 1 and recipe.contrast:
+            view = ImageEnhance.Contrast(view).enhance(_around_one(recipe.contrast, factor))
+        elif operation == 2 and recipe.saturation:
+            view = ImageEnhance.Color(view).enhance(_around_one(recipe.saturation, factor))
+        elif operation == 3 and recipe.hue:
+            view = shifted_hue(view, recipe.hue * factor)
+    return view
+
+
+def _around_one(strength: float, factor: float) -> float:
+    """Map [-1, 1] to [max(0, 1 - strength), 1 + strength], evenly."""
+    low, high = max(0.0, 1 - strength), 1 + strength
+    return low + (high - low) * (factor + 1) / 2
+
+
+def shifted_hue(image: Image.Image, shift: float) -> Image.Image:
+    """Turn the hue of an RGB image by a share of the colour circle in [-0.5, 0.5]."""
+    hsv = np.array(image.convert("HSV"))
+    hsv[..., 0] += np.array(shift * 255).astype(np.int32).astype(np.uint8)  # wraps round the circle
+    return Image.fromarray(hsv, "HSV").convert("RGB")

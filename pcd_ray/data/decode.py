@@ -1,0 +1,116 @@
+"""Encoded bytes -> an upright RGB image, or a plain reason why not."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pcd_ray.errors import ShardError
+
+
+class UnreadableImage(ValueError):  # noqa: N818 - the noun of bad_images.csv
+    """One image that cannot be decoded; ``str()`` of it is the reason."""
+
+
+def decode_rgb(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Return an encoded image as RGB, upright (EXIF orientation applied), wholly decoded.
+
+    Args:
+        data: encoded bytes, any format that Pillow reads; the first frame of several.
+        max_pixels: images with more pixels are refused by their header, before they are decoded.
+
+    Raises:
+        UnreadableImage: the bytes are no image, are damaged or truncated, or too many pixels.
+    """
+    return finish_rgb(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Return an image whose header has been read, its pixels not yet.
+
+    Raises:
+        UnreadableImage: the header cannot be read, or says too many pixels.
+    """
+    with _explained(max_pixels):
+        image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    if width * height > max_pixels:
+        raise UnreadableImage(
+            f"{width} x {height} = {width * height:,} pixels exceed data.max_pixels={max_pixels:,}"
+        )
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return (width, height) in pixels once the image is turned upright."""
+    width, height = image.size
+    with _explained(width * height):
+        return (height, width) if _is_turned(image) else (width, height)
+
+
+def finish_rgb(image: Image.Image, *, reduce_to: tuple[float, float] | None = None) -> Image.Image:
+    """Return an opened image as upright RGB, its pixels decoded to the end.
+
+    Args:
+        image: from `open_image`.
+        reduce_to: (width, height) of the upright image down to which a JPEG may be scaled while
+            it is decoded, by 2, 4 or 8; several times faster for large photographs.
+
+    Raises:
+        UnreadableImage: the bytes are damaged or truncated.
+    """
+    with _explained(image.width * image.height):
+        if reduce_to is not None and image.format == "JPEG":
+            width, height = reduce_to[::-1] if _is_turned(image) else reduce_to
+            image.draft("RGB", (max(1, int(width)), max(1, int(height))))
+        image.load()
+        return _as_rgb(ImageOps.exif_transpose(image))
+
+
+def unreadable(key: str, uri: str, reason: str) -> ShardError:
+    """Return the error of an image that was readable when it was packed or listed."""
+    return ShardError(f"image {key!r} in {uri}: {reason}; mend it and pack the images again")
+
+
+@contextmanager
+def _explained(max_pixels: int) -> Iterator[None]:
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's parsers let any kind of error through on damaged bytes
+        raise UnreadableImage(_reason(error, max_pixels)) from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Say whether the EXIF orientation swaps width and height."""
+    return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UnreadableImage(f"pixels of 32 bits (mode {image.mode}); convert to 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception, max_pixels: int) -> str:
+    text = str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, before ours is asked
+        pixels = int((re.findall(r"\d+", text) or ["0"])[0])
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        over = f"data.max_pixels={max_pixels:,}" if pixels > max_pixels else f"Pillow's {limit:,}"
+        return f"{pixels:,} pixels exceed {over}"
+    if "truncated" in text.lower():
+        return "truncated"
+    return f"damaged ({text or type(error).__name__})"

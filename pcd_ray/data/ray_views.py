@@ -1,0 +1,248 @@
+"""Ray Data: executes the plan. Images by byte range -> views -> full batches, on CPU nodes.
+
+Shapes: B images per batch, S pixels per side. Each rank runs one streaming execution over all its
+remaining steps: chunk numbers -> one task per chunk of ``data.images_per_task`` images -> batches.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pcd_ray.config import AugmentConfig, DataConfig
+from pcd_ray.data.augment import ViewRecipe, eval_view, views_of_bytes
+from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
+from pcd_ray.data.plan import EpochPlan, Ints, rank_span
+from pcd_ray.data.ray_stream import stream_chunks
+from pcd_ray.data.shards import read_image_bytes
+from pcd_ray.seeds import derive_seed
+
+Batch = dict[str, np.ndarray[Any, Any]]
+
+
+def recipe_from(augment: AugmentConfig, pairing_kind: str) -> ViewRecipe:
+    """Return the recipe of a configuration: two crops for all pairings but ``same_view``."""
+    two_crops = pairing_kind != "same_view"
+    return ViewRecipe(
+        image_size_px=augment.image_size_px,
+        min_scale=augment.min_scale,
+        max_scale=augment.max_scale,
+        flip_prob=augment.flip_prob,
+        jitter_prob=augment.jitter_prob,
+        brightness=augment.brightness,
+        contrast=augment.contrast,
+        saturation=augment.saturation,
+        hue=augment.hue,
+        grey_prob=augment.grey_prob,
+        student_blur_prob=augment.student_blur_prob,
+        teacher_blur_prob=augment.teacher_blur_prob,
+        student_solarize_prob=augment.student_solarize_prob,
+        teacher_solarize_prob=augment.teacher_solarize_prob,
+        two_crops=two_crops,
+        two_colours=two_crops or augment.photometric == "independent",
+    )
+
+
+def view_batches(  # noqa: PLR0913 - a rank's whole assignment
+    index: pa.Table,
+    plan: EpochPlan,
+    recipe: ViewRecipe,
+    *,
+    seed: int,
+    rank: int,
+    num_ranks: int,
+    global_batch_size: int,
+    start_step: int,
+    stop_step: int,
+    data: DataConfig,
+    cpu_limit: float | None = None,
+) -> Generator[Batch]:
+    """Yield this rank's batch of each optimiser step in [start_step, stop_step), in plan order.
+
+    An image's views depend on the seed, its epoch and its key alone. Close the generator to stop
+    early; Ray Data's tasks end with it.
+
+    Args:
+        index: the image index of N rows.
+        plan: the order of its rows.
+        recipe: how images become views.
+        seed: root seed of the views.
+        rank: this training worker.
+        num_ranks: training workers R.
+        global_batch_size: images per optimiser step over all ranks, B * R.
+        start_step: first optimiser step.
+        stop_step: end of the optimiser steps.
+        data: sizes of tasks, prefetching, limits of images.
+        cpu_limit: CPUs that this rank's tasks may use at a time; None: all that are free.
+
+    Yields:
+        ``student_view`` and, unless one view serves both, ``teacher_view`` (B, S, S, 3) uint8;
+        ``student_box``, ``teacher_box`` (B, 5) float32; ``row``, ``epoch`` (B,) int64.
+
+    Raises:
+        ShardError: an image can no longer be read or decoded.
+    """
+    share = _RankShare(plan, rank, num_ranks, global_batch_size, start_step)
+    total = (stop_step - start_step) * share.batch_size
+    images = ray.put(_lean(index))
+
+    def views(chunk: Batch) -> Batch:
+        start = int(chunk["id"][0]) * data.images_per_task
+        epochs, rows = share.places(start, min(start + data.images_per_task, total))
+        return _chunk_views(
+            ray.get(images), epochs, rows, recipe, seed=seed, max_pixels=data.max_pixels
+        )
+
+    chunks = -(-total // data.images_per_task)
+    blocks = stream_chunks(views, chunks, data=data, cpu_limit=cpu_limit, num_streams=num_ranks)
+    yield from _rebatched(blocks, share.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _RankShare:
+    """The images that one rank reads from a step on, numbered 0, 1, 2, ... ."""
+
+    plan: EpochPlan
+    rank: int
+    num_ranks: int
+    global_batch_size: int
+    start_step: int
+
+    @property
+    def batch_size(self) -> int:
+        """Images of this rank per optimiser step."""
+        first, stop = rank_span(0, self.rank, self.num_ranks, self.global_batch_size)
+        return stop - first
+
+    def places(self, start: int, stop: int) -> tuple[Ints, Ints]:
+        """Return (epoch, row) of this rank's images number [start, stop)."""
+        parts = []
+        while start < stop:
+            steps, inside = divmod(start, self.batch_size)
+            step = self.start_step + steps
+            first = rank_span(step, self.rank, self.num_ranks, self.global_batch_size)[0] + inside
+            count = min(self.batch_size - inside, stop - start)
+            parts.append(self.plan.rows(first, first + count))
+            start += count
+        epochs, rows = zip(*parts, strict=True)
+        return np.concatenate(epochs), np.concatenate(rows)
+
+
+def eval_batches(
+    index: pa.Table,
+    rows: Sequence[int] | np.ndarray[Any, Any],
+    *,
+    size_px: int,
+    batch_size: int,
+    data: DataConfig,
+    cpu_limit: float | None = None,
+) -> Generator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Yield centre crops of some images in the order of ``rows``; the last batch may be smaller.
+
+    Args:
+        index: the image index of N rows.
+        rows: rows of the index.
+        size_px: side S of the crops.
+        batch_size: images per batch B.
+        data: sizes of tasks, prefetching, limits of images.
+        cpu_limit: CPUs that the tasks may use at a time; None: all that are free.
+
+    Yields:
+        (B, S, S, 3) uint8 crops and their (B,) rows.
+
+    Raises:
+        ShardError: an image can no longer be read or decoded.
+    """
+    wanted = np.asarray(rows, np.int64)
+    images = ray.put(_lean(index))
+    order = ray.put(wanted)
+
+    def crops(chunk: Batch) -> Batch:
+        start = int(chunk["id"][0]) * data.images_per_task
+        mine = ray.get(order)[start : start + data.images_per_task]
+        pixels = [
+            eval_view(_explained(decode_rgb, row, content, max_pixels=data.max_pixels), size_px)
+            for row, content in _contents(ray.get(images), mine)
+        ]
+        return {"view": np.stack(pixels), "row": mine}
+
+    chunks = -(-wanted.size // data.images_per_task)
+    blocks = stream_chunks(crops, chunks, data=data, cpu_limit=cpu_limit, num_streams=1)
+    for batch in _rebatched(blocks, batch_size):
+        yield batch["view"], batch["row"]
+
+
+def _lean(index: pa.Table) -> pa.Table:
+    """Return the columns that tasks need, in one piece each, so that they are not copied."""
+    return index.select(["key", "uri", "offset", "size"]).combine_chunks()
+
+
+def _contents(
+    index: pa.Table, rows: np.ndarray[Any, Any]
+) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield the index entry and the encoded bytes of each row."""
+    entries = index.take(pa.array(rows)).to_pylist()
+    contents = read_image_bytes(
+        [entry["uri"] for entry in entries],
+        [entry["offset"] for entry in entries],
+        [entry["size"] for entry in entries],
+    )
+    yield from zip(entries, contents, strict=True)
+
+
+def _explained(make: Callable[..., Any], entry: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return make(*args, **kwargs)
+    except UnreadableImage as error:
+        raise unreadable(entry["key"], entry["uri"], str(error)) from error
+
+
+def _chunk_views(
+    index: pa.Table,
+    epochs: np.ndarray[Any, Any],
+    rows: np.ndarray[Any, Any],
+    recipe: ViewRecipe,
+    *,
+    seed: int,
+    max_pixels: int,
+) -> Batch:
+    """Return the views of some rows, stacked."""
+    made = []
+    for epoch, (entry, content) in zip(epochs.tolist(), _contents(index, rows), strict=True):
+        own_seed = derive_seed(seed, "augment", epoch, entry["key"])
+        made.append(
+            _explained(views_of_bytes, entry, content, recipe, own_seed, max_pixels=max_pixels)
+        )
+    batch = {
+        "student_view": np.stack([views.student for views in made]),
+        "student_box": np.stack([views.student_box for views in made]),
+        "teacher_box": np.stack([views.teacher_box for views in made]),
+        "row": rows,
+        "epoch": epochs,
+    }
+    if recipe.two_colours:
+        batch["teacher_view"] = np.stack([views.teacher for views in made])
+    return batch
+
+
+def _rebatched(blocks: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """Cut a stream of blocks of any length into batches; only the last may be shorter."""
+    batch: Batch = {}
+    filled = 0
+    for block in blocks:
+        length, used = len(block["row"]), 0
+        while used < length:
+            if not filled:
+                batch = {k: np.empty((batch_size, *v.shape[1:]), v.dtype) for k, v in block.items()}
+            count = min(batch_size - filled, length - used)
+            for key, values in block.items():
+                batch[key][filled : filled + count] = values[used : used + count]
+            filled, used = filled + count, used + count
+            if filled == batch_size:
+                yield batch
+                filled = 0
+    if filled:
+        yield {key: values[:filled] for key, values in batch.items()}
