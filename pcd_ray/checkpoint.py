@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,14 @@ from torch import Tensor
 
 from pcd_ray import storage
 from pcd_ray.config import Config, config_from_values, to_yaml
-from pcd_ray.errors import CheckpointError
+from pcd_ray.errors import CheckpointError, ConfigError
 
 FORMAT = 1
+_MARK = re.compile(r"/step_(\d+)/checkpoint\.json$")
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing or not what was written: an older one may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,35 +113,36 @@ def load_checkpoint(uri: str) -> Checkpoint:
             f"{uri} has checkpoint format {about.get('format')}, this version reads {FORMAT}; "
             "use the version of pcd_ray that wrote it"
         )
-    data = storage.read_bytes(storage.join(uri, "state.pt"))
-    if hashlib.sha256(data).hexdigest() != about["state_sha256"]:
-        raise CheckpointError(f"{uri}/state.pt is damaged (its hash differs); use an older step")
+    data = _read(uri, "state.pt")
+    if hashlib.sha256(data).hexdigest() != about.get("state_sha256"):
+        raise DamagedCheckpointError(
+            f"{uri}: state.pt is damaged (its hash differs); use an older step"
+        )
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{uri}/state.pt cannot be read: {error}") from error
-    config = config_from_values(yaml.safe_load(storage.read_text(storage.join(uri, "config.yaml"))))
-    return Checkpoint(uri, state, about, config)
+        raise DamagedCheckpointError(f"{uri}: state.pt cannot be read ({error})") from error
+    return Checkpoint(uri, state, about, _config(uri))
 
 
 def checkpoint_steps(folder: RunFolder) -> list[int]:
     """Return the steps of all complete checkpoints of a run, ascending."""
-    marks = [
-        file.uri.split("/")
-        for file in storage.list_files(folder.checkpoints)
-        if storage.name_of(file.uri) == "checkpoint.json"
-    ]
-    names = [parts[-2] for parts in marks if parts[-2].startswith("step_")]
-    steps = sorted(int(name.removeprefix("step_")) for name in names)
+    paths = [file.uri.partition("?")[0] for file in storage.list_files(folder.checkpoints)]
+    found = (_MARK.search(path) for path in paths)
+    steps = sorted(int(match[1]) for match in found if match)
     return [s for s in steps if _about(storage.join(folder.checkpoints, checkpoint_name(s)))]
 
 
 def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run; damaged ones are passed over."""
+    """Return the newest whole checkpoint of a run; damaged ones are passed over.
+
+    Raises:
+        CheckpointError: it is of another format: passing it over would start the run anew.
+    """
     for step in reversed(checkpoint_steps(folder)):
         try:
             return load_checkpoint(storage.join(folder.checkpoints, checkpoint_name(step)))
-        except CheckpointError:
+        except DamagedCheckpointError:
             continue
     return None
 
@@ -154,6 +161,27 @@ def find_checkpoint(uri: str) -> Checkpoint:
             f"{uri} holds no complete checkpoint; give a run's folder or one of its step_* folders"
         )
     return found
+
+
+def _config(uri: str) -> Config:
+    try:
+        values = dict(yaml.safe_load(_read(uri, "config.yaml")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{uri}: config.yaml is damaged ({error})") from error
+    try:
+        return config_from_values(values)
+    except ConfigError as error:  # not damaged: passing it over would lose the run
+        raise CheckpointError(
+            f"{uri}: config.yaml does not suit this version of pcd_ray ({error}); "
+            "use the version that wrote it"
+        ) from error
+
+
+def _read(uri: str, name: str) -> bytes:
+    file = storage.join(uri, name)
+    if not storage.exists(file):  # a storage that fails is another matter, and is not passed over
+        raise DamagedCheckpointError(f"{uri}: {name} is missing; use an older step")
+    return storage.read_bytes(file)
 
 
 def _about(uri: str) -> dict[str, Any] | None:
