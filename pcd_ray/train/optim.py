@@ -35,7 +35,7 @@ def peak_learning_rate(base_lr: float, global_batch_size: int) -> float:
 
 
 def parameter_groups(student: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """Return two groups: weights with decay; biases and norms without (LARS then adapts none)."""
+    """Return two groups: weights with decay; biases and norms without (LARS adapts none)."""
     trained = [p for p in student.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -47,6 +47,7 @@ def build_optimizer(name: str, student: nn.Module, *, weight_decay: float) -> to
     """Return LARS (momentum 0.9, trust coefficient 1e-3) or AdamW; the rate is set per step."""
     groups = parameter_groups(student, weight_decay=weight_decay)
     if name == "lars":
+        groups[0]["always_adapt"] = True  # timm's LARS would be plain SGD without weight decay
         optimizer: torch.optim.Optimizer = Lars(groups, lr=0.0, momentum=0.9, trust_coeff=1e-3)
         return optimizer
     return torch.optim.AdamW(groups, lr=0.0)
