@@ -38,6 +38,12 @@ class Backbone(nn.Module):
         x = (x - self.mean) / self.std  # (B, 3, S, S)
         return _as_map(self.body.forward_features(x), self.body, x.shape[2:])  # type: ignore[operator]
 
+    @property
+    def timm_licence(self) -> str:
+        """Licence of timm's own pretrained weights; empty when timm does not say."""
+        about: Any = self.body.pretrained_cfg
+        return str(about.get("license") or "")
+
     def use_channels_last(self) -> None:
         """Keep weights and maps with channels innermost, which most convolutions prefer."""
         self.memory_format = torch.channels_last
@@ -102,6 +108,24 @@ def map_shape(backbone: Backbone, image_size_px: int) -> tuple[int, int, int]:
     finally:
         backbone.train(was_training)
     return int(shape[1]), int(shape[2]), int(shape[3])
+
+
+def freeze_unused(backbone: Backbone, image_size_px: int) -> list[str]:
+    """Freeze weights that the map does not depend on, and return their names.
+
+    Some models keep the norm or convolution in front of their classifier. Such weights stay, for
+    timm's sake, but DistributedDataParallel waits for the gradient of each weight that wants one.
+    """
+    image = torch.zeros(1, image_size_px, image_size_px, 3, dtype=torch.uint8)
+    was_training = backbone.training
+    features = backbone.eval()(image.to(backbone.mean.device))
+    backbone.train(was_training)
+    named = dict(backbone.named_parameters())
+    gradients = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+    unused = [n for n, g in zip(named, gradients, strict=True) if g is None]
+    for name in unused:
+        named[name].requires_grad_(False)
+    return unused
 
 
 def _as_map(features: Tensor, body: nn.Module, image_size: Sequence[int]) -> Tensor:

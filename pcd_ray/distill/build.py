@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pcd_ray import storage
 from pcd_ray.config import Config, TeacherConfig
-from pcd_ray.distill.backbones import Backbone, build_backbone, map_shape
+from pcd_ray.distill.backbones import Backbone, build_backbone, freeze_unused, map_shape
 from pcd_ray.distill.feature_queue import FeatureQueue
 from pcd_ray.distill.heads import MlpShape, mirrored_head, pca_head, shape_of
 from pcd_ray.distill.loss import choose_implementation
@@ -82,8 +82,9 @@ def load_teacher(teacher: TeacherConfig) -> LoadedTeacher:
         std=teacher.std or about.get("std"),
     )
     parts = _load_file(file, backbone, teacher.arch) if file else None
-    tag = backbone.body.pretrained_cfg
-    known_licence = release.licence if release else about.get("licence") or _licence(tag, file)
+    known_licence = release.licence if release else about.get("licence")
+    if file is None:  # timm speaks of its own weights; a local file may hold others
+        known_licence = backbone.timm_licence
     return LoadedTeacher(
         backbone,
         parts.head if parts else None,
@@ -114,6 +115,7 @@ def build_student(config: Config, shapes: list[MlpShape]) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.run.seed, "student"))
         backbone = build_backbone(student.backbone, kwargs=student.kwargs)
+        freeze_unused(backbone, config.augment.image_size_px)
         channels = map_shape(backbone, config.augment.image_size_px)[0]
         neck = MhsaNeck(channels, depth=student.mhsa.depth, heads=student.mhsa.heads)
         built = Student(backbone, neck, mirrored_head(channels, shapes))
@@ -185,11 +187,6 @@ def _load_file(file: WeightsFile, backbone: Backbone, arch: str) -> TeacherParts
         )
     load_backbone(backbone, parts.backbone, uri=file.uri)
     return parts
-
-
-def _licence(tag: object, file: WeightsFile | None) -> str:
-    """What timm says of its own weights; a local file may hold others."""
-    return str(getattr(tag, "license", "") or "") if file is None else ""
 
 
 def _head_kind(teacher: TeacherConfig, parts: TeacherParts | None) -> str:
