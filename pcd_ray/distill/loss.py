@@ -2,9 +2,9 @@
 
     l_i = -log( exp(s_i.t_i / tau) / ( exp(s_i.t_i / tau) + sum_k exp(s_i.q_k / tau) ) )
 
-With z_i = s_i.t_i / tau and L_i = log sum_k exp(s_i.q_k / tau) this is softplus(L_i - z_i): only
-L_i is expensive, and its gradient is (1 / tau) times the output of an attention with query s_i
-and keys = values = queue. `queue_logsumexp` is therefore one attention forward, whose output is
+With z_i = s_i.t_i / tau and L_i = log sum_k exp(s_i.q_k / tau) this is -log sigmoid(z_i - L_i):
+only L_i is expensive, and its gradient is (1 / tau) times the output of an attention with query
+s_i and keys = values = queue. `queue_logsumexp` is therefore one attention forward, whose output is
 kept for the backward pass: no (P, K) matrix, no second pass (ours; equal to the plain form).
 
 Shapes: P pixels (B x H x W), D embedding channels, K queued negatives. All in float32 or wider.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pcd_ray.errors import ConfigError
 
@@ -54,10 +55,13 @@ def contrastive_loss(
             f"student {tuple(student.shape)}, positive {tuple(positive.shape)} and negatives "
             f"{tuple(negatives.shape)} do not fit; give (P, D), (P, D) and (K, D)"
         )
+    if weights is not None and weights.shape != student.shape[:1]:
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit {len(student)} pixels")
     logsumexp = queue_logsumexp(
         student, negatives, temperature=temperature, implementation=implementation
     )  # (P,)
-    per_pixel = F.softplus(logsumexp - (student * positive).sum(dim=1) / temperature)  # (P,)
+    own = (student * positive).sum(dim=1) / temperature  # (P,)
+    per_pixel = -F.logsigmoid(own - logsumexp)  # (P,)
     if weights is None:
         return per_pixel.mean()
     return (per_pixel * weights).sum() / weights.sum().clamp(min=1)
@@ -113,6 +117,7 @@ class _AttentionLogSumExp(torch.autograd.Function):
         return logsumexp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (output,) = ctx.saved_tensors
         return output * (grads[0] / ctx.temperature).unsqueeze(1), None, None, None
@@ -122,11 +127,12 @@ def _chunked_attention(
     queries: Tensor, negatives: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Attention over the queue block by block with a running maximum; any width."""
+    queries = queries / temperature  # once here, not in every block
     maximum = queries.new_full((len(queries), 1), -torch.inf)  # (P, 1)
     total = torch.zeros_like(maximum)  # (P, 1)
     output = torch.zeros_like(queries)  # (P, D)
     for block in negatives.split(_CHUNK_ROWS):
-        logits = (queries @ block.T).div_(temperature)  # (P, chunk)
+        logits = queries @ block.T  # (P, chunk)
         higher = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
         shrink = (maximum - higher).exp_()
         share = logits.sub_(higher).exp_()
@@ -166,11 +172,12 @@ def _why_not_fused(width: int, device: torch.device) -> str | None:
     rows = F.normalize(torch.randn(150, width, generator=random), dim=1).to(device)
     queries, negatives = rows[:50], rows[50:]
     try:
-        _, fused = _fused_attention(queries, negatives, 0.2)
+        output, logsumexp = _fused_attention(queries, negatives, 0.2)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"has no kernel on {device.type} ({str(error).splitlines()[0]})"
-    plain = torch.logsumexp(queries @ negatives.T / 0.2, dim=1)
+    logits = queries @ negatives.T / 0.2
     # 1e-2 admits kernels that multiply in TF32; a wrong operator is off by far more.
-    if not torch.allclose(fused, plain, atol=1e-2):
+    good = torch.allclose(logsumexp, logits.logsumexp(dim=1), atol=1e-2)
+    if not good or not torch.allclose(output, logits.softmax(dim=1) @ negatives, atol=1e-2):
         return f"gives wrong numbers on {device.type} with torch {torch.__version__}"
     return None
