@@ -39,8 +39,9 @@ _GATES: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.GELU: _gelu_gate,
     nn.SiLU: lambda _, mean: torch.sigmoid(mean),
     nn.Hardswish: lambda _, mean: F.relu6(mean + 3) / 6,
-    nn.LeakyReLU: lambda layer, mean: torch.where(mean > 0, 1.0, layer.negative_slope).to(
-        mean.dtype
+    # ones_like: two plain numbers would be chosen from in float32
+    nn.LeakyReLU: lambda layer, mean: torch.where(
+        mean > 0, torch.ones_like(mean), layer.negative_slope
     ),
 }
 ACTIVATIONS = tuple(_GATES)
@@ -99,8 +100,7 @@ _KNOWN = (nn.Linear, nn.BatchNorm1d, nn.LayerNorm, nn.Dropout, nn.Identity, *ACT
 
 def _mean(x: Tensor) -> Tensor:
     """Spatial mean (B, C, 1, 1), in float32 or wider whatever autocast does around it."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return wide.mean((2, 3), keepdim=True)
+    return x.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _gate(layer: nn.Module, x: Tensor) -> Tensor:
