@@ -26,13 +26,14 @@ def head_from_state(state: dict[str, Tensor], *, activation: str = "relu") -> nn
     """Build a head for vectors from keys ``0.weight``, ``1.running_mean``, ...
 
     A two-dimensional weight is a Linear, running statistics are a BatchNorm1d, a one-dimensional
-    weight alone is a LayerNorm, and an index without keys is the activation.
+    weight alone is a LayerNorm, and one index without keys between two layers is the activation.
 
     Returns:
         The head in eval mode, every key of ``state`` used.
 
     Raises:
-        WeightsError: no layers, a key that belongs to none of these, or shapes that do not chain.
+        WeightsError: no Linear, a key that belongs to none of these, shapes that do not chain, or
+            indices that leave open where the activations are.
     """
     layers: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -46,13 +47,20 @@ def head_from_state(state: dict[str, Tensor], *, activation: str = "relu") -> nn
         raise WeightsError(
             f"head activation {activation!r} is unknown; use one of {sorted(ACTIVATION_LAYERS)}"
         )
+    _check_indices(sorted(layers))
     modules = [
         _layer(index, layers[index]) if index in layers else ACTIVATION_LAYERS[activation]()
         for index in range(max(layers) + 1)
     ]
     head = nn.Sequential(*modules)
+    if not linear_widths(head):
+        raise WeightsError("the head has no Linear layer; set teacher.head=none to do without it")
     _check_widths(head)
-    head.load_state_dict(state, strict=True)
+    try:
+        head.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        problems = " ".join(str(error).split("\n", 1)[-1].split())
+        raise WeightsError(f"the head is no plain MLP: {problems}; give another head") from error
     return head.eval()
 
 
@@ -119,9 +127,9 @@ def pca_head(pixels: Tensor, *, dim: int, whiten: float) -> nn.Sequential:
             f"teacher.pca_dim={dim} exceeds what {count} pixels of {channels} channels hold; "
             f"use at most {min(count - 1, channels)}"
         )
-    pixels = pixels.double()
-    mean = pixels.mean(dim=0)  # (C,)
-    covariance = (pixels - mean).T @ (pixels - mean) / (count - 1)  # (C, C)
+    mean = pixels.mean(dim=0, dtype=torch.float64)  # (C,)
+    centred = pixels - mean  # (P, C) in float64
+    covariance = centred.T @ centred / (count - 1)  # (C, C)
     variances, axes = torch.linalg.eigh(covariance)  # ascending
     variances, axes = variances.flip(0)[:dim].clamp(min=0), axes.flip(1)[:, :dim]
     if not variances[0] > 0:
@@ -144,9 +152,19 @@ def _layer(index: int, state: dict[str, Tensor]) -> nn.Module:
     if weight is not None and weight.ndim == 2:
         return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in state)
     if weight is not None and weight.ndim == 1:
-        return nn.LayerNorm(len(weight))
+        return nn.LayerNorm(len(weight), bias="bias" in state)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     raise WeightsError(f"head layer {index} with {shapes} is no Linear, BatchNorm or LayerNorm")
+
+
+def _check_indices(indices: Sequence[int]) -> None:
+    gaps = [i for i in range(indices[-1]) if i not in indices]
+    unclear = [i for i in gaps if i == 0 or i - 1 in gaps]
+    if unclear:
+        raise WeightsError(
+            f"head indices {list(indices)} leave {unclear} without keys, and an activation stands "
+            "alone between two layers; number the layers as they follow one another from 0"
+        )
 
 
 def _check_widths(head: nn.Sequential) -> None:

@@ -130,7 +130,8 @@ def tensors_sha256(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().cpu().contiguous().flatten()  # a count has no dimension to view
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -161,7 +162,7 @@ def _parse(uri: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise WeightsError(
                 f"{uri} is a damaged safetensors file ({error}); fetch the file again"
             ) from error
-        return tensors, _safetensors_metadata(data)
+        return tensors, _safetensors_metadata(uri, data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -181,12 +182,17 @@ def _looks_like_safetensors(data: bytes) -> bool:
     return len(data) > 9 and data[8:9] == b"{" and struct.unpack("<Q", data[:8])[0] < 100_000_000
 
 
-def _safetensors_metadata(data: bytes) -> dict[str, Any]:
+def _safetensors_metadata(uri: str, data: bytes) -> dict[str, Any]:
     length = struct.unpack("<Q", data[:8])[0]
-    found = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    found = dict(json.loads(data[8 : 8 + length]).get("__metadata__") or {})
     if METADATA_KEY in found:
-        found[METADATA_KEY] = json.loads(found[METADATA_KEY])
-    return dict(found)
+        try:
+            found[METADATA_KEY] = dict(json.loads(found[METADATA_KEY]))
+        except (ValueError, TypeError) as error:
+            raise WeightsError(
+                f"{uri}: its metadata {METADATA_KEY!r} is no JSON mapping ({error}); export again"
+            ) from error
+    return found
 
 
 def _tensors_of(uri: str, content: object) -> dict[str, Tensor]:
