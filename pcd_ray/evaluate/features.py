@@ -4,6 +4,7 @@ Shapes: B images, N images in all, C channels, h x w map positions.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,16 @@ FeatureMap = Callable[[Tensor], Tensor]
 def frozen_map(feature_map: FeatureMap, images: Tensor) -> Tensor:
     """Return the float32 map (B, C, h, w) of uint8 images (B, H, W, 3), without gradients.
 
+    Images go to the device of a network that is a module; the map stays where it was made.
+
     Raises:
         ValueError: the network is in train mode, so that a batch would change its statistics.
         TrainingError: the map holds infinities or NaN.
     """
-    if isinstance(feature_map, nn.Module) and feature_map.training:
-        raise ValueError("the network is in train mode; call .eval() before evaluating it")
+    if isinstance(feature_map, nn.Module):
+        if feature_map.training:
+            raise ValueError("the network is in train mode; call .eval() before evaluating it")
+        images = images.to(next(chain(feature_map.parameters(), feature_map.buffers())).device)
     features = feature_map(images).float()
     check_finite(features)
     return features

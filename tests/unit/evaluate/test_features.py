@@ -54,3 +54,9 @@ def test_a_network_in_train_mode_is_refused_and_its_statistics_stay() -> None:
 def test_no_gradient_reaches_the_network() -> None:
     network = nn.Conv2d(3, 2, 1).eval()
     assert not frozen_map(network, torch.ones(1, 3, 2, 2)).requires_grad
+
+
+def test_images_follow_a_module_to_its_device() -> None:
+    network = nn.Conv2d(3, 2, 1, device="meta").eval()
+    with pytest.raises(RuntimeError, match=r"item.* cannot be called on meta tensors"):
+        frozen_map(network, torch.ones(1, 3, 2, 2))

@@ -127,3 +127,18 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ShardError, match=rf"{kind}/train_02\.png: cannot be decoded"):
         list(open_segmentation(str(tmp_path)).batches("train", batch_size=4))
+
+
+def test_camvid_is_read_as_its_readme_says() -> None:
+    folder = Path(__file__).parents[4] / "shared" / "data" / "segmentation"
+    if not folder.is_dir():
+        pytest.skip(f"CamVid is not in {folder}")
+    data = open_segmentation(str(folder), size_px=36)
+    assert len(data.classes) == 11
+    sizes = {split: len(names) for split, names in data.splits.items()}
+    assert sizes == {"train": 367, "val": 101, "test": 233}
+    masks = torch.cat([masks for _, masks in data.batches("val", batch_size=16)])
+    assert masks.shape == (101, 360, 480)
+    road = data.classes.index("road")
+    assert float((masks == road).float().mean()) == pytest.approx(0.2895, abs=5e-5)
+    assert float((masks == 255).float().mean()) == pytest.approx(0.0170, abs=5e-5)

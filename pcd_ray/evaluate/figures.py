@@ -1,0 +1,328 @@
+"""Pictures of a run, each as PNG bytes: curves, views, principal-component maps, masks.
+
+Colours are safe for colour-blind readers (Okabe and Ito; Tol's muted set for classes).
+
+Shapes: B images, H x W pixels, C channels, h x w map positions.
+"""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+Pictures = Sequence[Pixels] | Tensor | Pixels
+"""Pictures or masks of equal or different sizes, one after another."""
+
+_WIDTH_IN = 10.0
+_DPI = 150
+_INK, _FAINT, _GRID = "#2b2f36", "#6b7280", "#e5e7eb"
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+# fmt: off
+_MUTED = (
+    "#88ccee", "#cc6677", "#ddcc77", "#332288", "#44aa99", "#117733",
+    "#aa4499", "#999933", "#882255", "#e69f00", "#0072b2", "#661100",
+)
+# fmt: on
+_VOID_COLOUR = "#e8e8e8"
+
+
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    key: str
+    title: str
+    unit: str = ""
+
+
+_PANELS = (
+    _Panel("train/loss", "Loss", "nats"),
+    _Panel("train/positive_cosine", "Positive cosine"),
+    _Panel("train/queue_top1_pct", "Image retrieval top-1", "%"),
+    _Panel("train/pixel_top1_pct", "Pixel retrieval top-1", "%"),
+    _Panel("train/effective_rank", "Effective rank"),
+    _Panel("eval/knn_top1_pct", "kNN top-1", "%"),
+    _Panel("optim/lr", "Learning rate"),
+)
+
+
+def loss_curve(
+    history: Sequence[Mapping[str, float]],
+    *,
+    knn_references: Mapping[str, float] | None = None,
+) -> bytes:
+    """Return small multiples of what was logged while training.
+
+    Args:
+        history: lines of metrics, each with ``step`` and some of the known names; a step that
+            was logged twice (after a resume) counts as logged last.
+        knn_references: name -> kNN top-1 in percent, drawn as level lines, e.g. of the teacher.
+
+    Raises:
+        ValueError: no line has a metric that is drawn.
+    """
+    panels = [panel for panel in _PANELS if len(_points(history, panel.key))]
+    if not panels:
+        raise ValueError(f"the {len(history)} lines of metrics have none of those that are drawn")
+    columns = min(len(panels), 4 if len(panels) in (4, 7, 8) else 3)
+    rows = -(-len(panels) // columns)
+    width = _WIDTH_IN * min(1, columns / 3)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06)
+    figure = Figure(figsize=(width, (1.3 + 3 / max(columns, 3)) * rows), layout=layout)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, history)
+        if panel.key == "eval/knn_top1_pct":
+            _draw_references(axis, knn_references or {})
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("step", fontsize=8, color=_FAINT)
+    return _png(figure)
+
+
+def views_grid(
+    student_views: Pixels | Tensor,
+    teacher_views: Pixels | Tensor | None,
+    student_boxes: NDArray[np.float32] | Tensor,
+    teacher_boxes: NDArray[np.float32] | Tensor,
+) -> bytes:
+    """Return the views as the networks see them, one column per image.
+
+    Args:
+        student_views: (B, H, W, 3).
+        teacher_views: (B, H, W, 3); None where the student's view serves both.
+        student_boxes: (B, 5) left, top, width, height in pixels of the image, and flip.
+        teacher_boxes: (B, 5); drawn over the student's in a last row where there are two views.
+    """
+    two = teacher_views is not None
+    rows, columns = (3 if two else 1), len(student_views)
+    side = _WIDTH_IN / columns
+    figure = Figure(figsize=(_WIDTH_IN, side * rows + 0.25), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    views = {"student" if two else "both networks": student_views}
+    if teacher_views is not None:
+        views["teacher"] = teacher_views
+    for row, (name, pixels) in enumerate(views.items()):
+        boxes = teacher_boxes if name == "teacher" else student_boxes
+        for column, box in enumerate(np.asarray(boxes)):
+            _show(axes[row, column], np.asarray(pixels[column]))
+            axes[row, column].set_xlabel(_box_words(box), fontsize=7, color=_FAINT)
+        axes[row, 0].set_ylabel(name, fontsize=10, color=_INK)
+    if two:
+        boxes_of_both = (np.asarray(student_boxes), np.asarray(teacher_boxes))
+        for axis, first, second in zip(axes[2], *boxes_of_both, strict=True):
+            _draw_boxes(axis, {_BLUE: first, _ORANGE: second})
+        axes[2, 0].set_ylabel("crops", fontsize=10, color=_INK)
+        handles = [Patch(color=_BLUE, label="student"), Patch(color=_ORANGE, label="teacher")]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return _png(figure)
+
+
+def pca_maps(images: Pixels | Tensor, maps: Mapping[str, Tensor]) -> bytes:
+    """Return each image beside its maps in colour, nearest-upsampled so that positions show.
+
+    Args:
+        images: (B, H, W, 3).
+        maps: network's name -> its maps (B, C, h, w); see `pca_colours`.
+    """
+    columns: dict[str, Sequence[NDArray[Any]]] = {"image": list(np.asarray(images))}
+    for name, features in maps.items():
+        grid = f"{features.shape[2]} x {features.shape[3]} positions"
+        columns[f"{name}\n{grid}"] = list(pca_colours(features))
+    return _png(_image_table(columns, aspect=images.shape[1] / images.shape[2]))
+
+
+def pca_colours(features: Tensor) -> NDArray[np.float32]:
+    """Return maps (B, C, h, w) as colours (B, h, w, 3) in [0, 1].
+
+    Red, green and blue are the first three principal components over all positions of all images.
+    A component's largest loading is positive; each is scaled from its 2nd to its 98th
+    percentile. Components without variance are mid-grey.
+    """
+    rows = features.detach().double().cpu().permute(0, 2, 3, 1).flatten(0, 2)  # (Bhw, C)
+    _, strengths, axes = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+    axes = axes[:3]  # (up to 3, C)
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    parts = (rows - rows.mean(dim=0)) @ (axes * largest.sign()).T  # (Bhw, up to 3)
+    low, high = (torch.quantile(parts, q, dim=0) for q in (0.02, 0.98))
+    present = (strengths[:3] > 1e-6 * rows.norm()) & (high > low)
+    scaled = torch.full((len(rows), 3), 0.5, dtype=torch.float64)
+    scaled[:, : len(axes)][:, present] = ((parts - low) / (high - low)).clamp(0, 1)[:, present]
+    batch, _, height, width = features.shape
+    return scaled.view(batch, height, width, 3).float().numpy()
+
+
+def segmentation_grid(
+    images: Pictures,
+    truth: Pictures,
+    predictions: Mapping[str, Pictures],
+    classes: Sequence[str],
+) -> bytes:
+    """Return each image beside its true and its predicted masks, with a legend.
+
+    Args:
+        images: (H, W, 3) each.
+        truth: masks (Y, X) each; labels beyond ``classes`` are void.
+        predictions: network's name -> masks (Y, X), one per image.
+        classes: names by label.
+    """
+    palette = _palette(len(classes))  # (256, 3)
+    masks = {"truth": _arrays(truth)} | {name: _arrays(of) for name, of in predictions.items()}
+    columns: dict[str, Sequence[NDArray[Any]]] = {"image": _arrays(images)}
+    columns |= {name: [palette[mask] for mask in of] for name, of in masks.items()}
+    figure = _image_table(columns, aspect=images[0].shape[0] / images[0].shape[1])
+    shown = np.unique(np.concatenate([np.unique(mask) for of in masks.values() for mask in of]))
+    handles = [
+        Patch(
+            facecolor=palette[label] / 255, label=classes[label] if label < len(classes) else "void"
+        )
+        for label in [*shown[shown < len(classes)], *shown[shown >= len(classes)][:1]]
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(6, len(handles)),
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+    )
+    return _png(figure)
+
+
+def _arrays(pictures: Pictures) -> list[Pixels]:
+    return [np.asarray(picture) for picture in pictures]
+
+
+def _points(history: Sequence[Mapping[str, float]], key: str) -> NDArray[np.float64]:
+    """Return (steps, 2): the step and the value of a metric, each step once, in order."""
+    points = {line["step"]: line[key] for line in history if line.get(key) is not None}
+    return np.array(sorted(points.items()), np.float64).reshape(-1, 2)
+
+
+def _draw_panel(axis: Axes, panel: _Panel, history: Sequence[Mapping[str, float]]) -> None:
+    logged = _points(history, panel.key)
+    marker = "o" if len(logged) <= 20 else ""
+    axis.plot(*logged.T, color=_BLUE, linewidth=0.7, alpha=0.3)
+    axis.plot(*_smooth(logged).T, color=_BLUE, linewidth=1.8, marker=marker, markersize=3.5)
+    if panel.key == "train/loss":
+        floor = [
+            {**line, "floor": line["train/loss"] - line["train/loss_above_floor"]}
+            for line in history
+            if "train/loss" in line and "train/loss_above_floor" in line
+        ]
+        if floor:
+            lowest = _smooth(_points(floor, "floor"))
+            axis.plot(*lowest.T, color=_FAINT, linewidth=1.2)
+            _name_line(axis, "floor: a perfect student", float(lowest[-1, 1]), color=_FAINT)
+    _dress(axis, f"{panel.title} ({panel.unit})" if panel.unit else panel.title)
+
+
+def _draw_references(axis: Axes, references: Mapping[str, float]) -> None:
+    colors = itertools.cycle((_ORANGE, _FAINT, _GREEN, _PURPLE))
+    for (name, value), color in zip(references.items(), colors, strict=False):
+        axis.axhline(value, color=color, linewidth=1.2, linestyle="--")
+        _name_line(axis, f"{name} {value:.1f}", value, color=color)
+    axis.margins(y=0.18)
+
+
+def _name_line(axis: Axes, text: str, height: float, *, color: str) -> None:
+    """Write a level line's name just above its right end."""
+    axis.annotate(
+        text,
+        (1, height),
+        xycoords=axis.get_yaxis_transform(),
+        xytext=(-2, 2),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color=color,
+    )
+
+
+def _smooth(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the moving mean of (steps, 2) over a fortieth of them; few points stay as they are."""
+    window = max(1, len(points) // 40)
+    kernel = np.ones(window) / window
+    return np.stack([np.convolve(column, kernel, mode="valid") for column in points.T], axis=1)
+
+
+def _dress(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    axis.tick_params(labelsize=8, colors=_FAINT, length=0, labelbottom=True)
+    axis.locator_params(axis="x", nbins=4)
+    axis.grid(color=_GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_GRID)
+
+
+def _show(axis: Axes, pixels: NDArray[Any]) -> None:
+    axis.imshow(pixels, interpolation="nearest")
+    _bare(axis)
+
+
+def _bare(axis: Axes) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _image_table(columns: Mapping[str, Sequence[NDArray[Any]]], *, aspect: float) -> Figure:
+    """Return a figure with titled columns of pictures, all drawn ``aspect`` as high as wide."""
+    rows = len(next(iter(columns.values())))
+    side = _WIDTH_IN / len(columns)
+    figure = Figure(figsize=(_WIDTH_IN, rows * side * aspect + 0.6), layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (name, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(name, fontsize=10, color=_INK)
+        for axis, pixels in zip(axes[:, column], pictures, strict=True):
+            _show(axis, pixels)
+            axis.set_aspect(aspect * pixels.shape[1] / pixels.shape[0])
+    return figure
+
+
+def _box_words(box: NDArray[np.float32]) -> str:
+    left, top, width, height, flip = (round(float(value)) for value in box)
+    return f"{width} x {height} px\nat {left}, {top}" + (", flipped" if flip else "")
+
+
+def _draw_boxes(axis: Axes, boxes: Mapping[str, NDArray[np.float32]]) -> None:
+    for color, (left, top, width, height, _) in boxes.items():
+        place = (left, top), width, height
+        axis.add_patch(Rectangle(*place, facecolor=color, alpha=0.15))
+        axis.add_patch(Rectangle(*place, fill=False, edgecolor=color, linewidth=1.5))
+    axis.autoscale_view()
+    axis.invert_yaxis()
+    axis.set_aspect("equal")
+    _bare(axis)
+
+
+def _palette(num_classes: int) -> Pixels:
+    """Return a colour for each label, (256, 3) uint8; labels that are no class look void."""
+    turns = np.arange(max(0, num_classes - len(_MUTED))) * 0.618  # the golden ratio spreads hues
+    extra = hsv_to_rgb(
+        np.stack([turns % 1, 0.45 + 0.3 * (turns % 0.7), 0.9 - 0.5 * (turns % 0.9)], 1)
+    )
+    known = [to_rgb(color) for color in _MUTED[:num_classes]]
+    palette = np.full((256, 3), to_rgb(_VOID_COLOUR))
+    palette[:num_classes] = np.concatenate([np.array(known).reshape(-1, 3), extra])
+    return np.round(255 * palette).astype(np.uint8)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
