@@ -1,0 +1,24 @@
+"""Fixtures for all tests; imports no Ray."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of photographs and weights that lies beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared folder beside the repository (photographs, weights)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def mobilenet_file(shared: Path) -> Path:
+    """Real ImageNet weights of timm's mobilenetv2_100, made with ``pad_type=same``."""
+    path = shared / "teachers" / "mobilenetv2_100_imagenet.safetensors"
+    if not path.is_file():
+        pytest.skip(f"needs {path.name} in shared/teachers")
+    return path
