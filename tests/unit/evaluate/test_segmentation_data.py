@@ -129,11 +129,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
         list(open_segmentation(str(tmp_path)).batches("train", batch_size=4))
 
 
-def test_camvid_is_read_as_its_readme_says() -> None:
-    folder = Path(__file__).parents[4] / "shared" / "data" / "segmentation"
-    if not folder.is_dir():
-        pytest.skip(f"CamVid is not in {folder}")
-    data = open_segmentation(str(folder), size_px=36)
+def test_camvid_is_read_as_its_readme_says(shared: Path) -> None:
+    data = open_segmentation(str(shared / "data" / "segmentation"), size_px=36)
     assert len(data.classes) == 11
     sizes = {split: len(names) for split, names in data.splits.items()}
     assert sizes == {"train": 367, "val": 101, "test": 233}
