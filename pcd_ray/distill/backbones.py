@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from pcd_ray.errors import ConfigError
 
 
+_OTHER = "choose a backbone with a spatial output"
+
+
 class Backbone(nn.Module):
     """A timm model without its classifier, and the normalisation that its input wants."""
 
@@ -70,14 +73,15 @@ def build_backbone(
         ConfigError: unknown name, arguments that timm refuses, or weights that cannot be had.
     """
     if not timm.is_model(name.partition(".")[0]):
-        near = timm.list_models(f"*{name.partition('.')[0][:8]}*")[:5]
-        raise ConfigError(f"{name!r} is no timm model; {_suggestion(name, near)}")
+        raise ConfigError(f"{name!r} is no timm model; {_suggestion(name)}")
     try:
         body = timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", **(kwargs or {})
         )
     except TypeError as error:
         raise ConfigError(f"timm's {name} refuses kwargs={kwargs}: {error}") from error
+    except AssertionError as error:  # of its pooling, which some networks cannot do without
+        raise ConfigError(f"{name} cannot be cut to a map ({error}); {_OTHER}") from error
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"timm's pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}); "
@@ -133,16 +137,18 @@ def _as_map(features: Tensor, body: nn.Module, image_size: Sequence[int]) -> Ten
     if features.ndim == 4:
         channels_innermost = str(getattr(body, "output_fmt", "NCHW")) == "NHWC"
         return features.movedim(3, 1) if channels_innermost else features
-    if features.ndim == 3:  # tokens, the first few of which are no patches
+    grid_of = getattr(getattr(body, "patch_embed", None), "dynamic_feat_size", None)
+    if features.ndim == 3 and grid_of is not None:  # tokens, the first few of which are no patches
         patches = features[:, int(getattr(body, "num_prefix_tokens", 0)) :]
-        grid: Any = body.patch_embed.dynamic_feat_size(image_size)  # type: ignore[operator, union-attr]
-        return torch.unflatten(patches.transpose(1, 2), 2, tuple(grid))
+        return torch.unflatten(patches.transpose(1, 2), 2, tuple(grid_of(image_size)))
     raise ConfigError(
         f"{type(body).__name__} gives features of shape {tuple(features.shape)}, which is no map; "
-        "choose a backbone with a spatial output"
+        f"{_OTHER}"
     )
 
 
-def _suggestion(name: str, near: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.6) or list(near)
-    return f"did you mean {close[0]}?" if close else "see timm.list_models()"
+def _suggestion(name: str) -> str:
+    known = timm.list_models()
+    longer = [other for other in known if other.startswith(name)]
+    near = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "see timm.list_models()"
