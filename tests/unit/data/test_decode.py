@@ -1,0 +1,111 @@
+"""What decodes, upright and in RGB, and the plain reason of what does not."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pcd_ray.data.decode import UnreadableImage, decode_rgb, finish_rgb, open_image, upright_size
+
+LIMIT = 1_000_000
+
+
+def _encoded(image: Image.Image, kind: str = "JPEG", **settings: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def _noise(width: int = 60, height: int = 40) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_lossless_formats_come_back_exactly(kind: str) -> None:
+    image = _noise()
+    decoded = decode_rgb(_encoded(image, kind), max_pixels=LIMIT)
+    assert np.array_equal(np.asarray(decoded), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert decode_rgb(_encoded(_noise().convert(mode), kind), max_pixels=LIMIT).mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    decoded = decode_rgb(_encoded(Image.fromarray(values), "PNG"), max_pixels=LIMIT)
+    assert np.array_equal(np.asarray(decoded)[..., 0], values >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    left_half_white = Image.new("RGB", (60, 40))
+    left_half_white.paste((255, 255, 255), (0, 0, 30, 20))  # the stored upper left quarter
+    data = _encoded(left_half_white, exif=exif, quality=100, subsampling=0)
+    pixels = np.asarray(decode_rgb(data, max_pixels=LIMIT))[..., 0] > 128
+    assert upright_size(open_image(data, max_pixels=LIMIT)) == pixels.shape[::-1]
+    assert pixels.shape == ((60, 40) if orientation > 4 else (40, 60))
+    height, width = pixels.shape
+    quarters = [
+        bool(pixels[y, x]) for y in (4, height - 5) for x in (4, width - 5)
+    ]  # upper left, upper right, lower left, lower right
+    where = {1: 0, 2: 1, 3: 3, 4: 2, 5: 0, 6: 1, 7: 3, 8: 2}[orientation]
+    assert quarters == [place == where for place in range(4)]
+
+
+@pytest.mark.parametrize("data", [b"", b"a text that calls itself .jpg", b"\xff\xd8\xff"])
+def test_what_is_no_image_says_so(data: bytes) -> None:
+    with pytest.raises(UnreadableImage, match=r"^(not an image|truncated)$"):
+        decode_rgb(data, max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_truncation_is_found(kind: str, share: float) -> None:
+    data = _encoded(_noise(), kind)
+    with pytest.raises(UnreadableImage, match=r"^truncated$"):
+        decode_rgb(data[: int(share * len(data))], max_pixels=LIMIT)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_damage_has_a_reason_and_no_other_error() -> None:
+    # 300 files with 20 random bytes changed: each decodes or is unreadable, nothing else escapes
+    rng = np.random.default_rng(0)
+    files = [np.frombuffer(_encoded(_noise(), kind), np.uint8) for kind in ("JPEG", "PNG", "TIFF")]
+    unreadable = 0
+    for number in range(300):
+        data = files[number % 3].copy()
+        data[rng.integers(0, data.size, 20)] = rng.integers(0, 256, 20)
+        try:
+            decode_rgb(data.tobytes(), max_pixels=LIMIT)
+        except UnreadableImage as error:
+            unreadable += bool(str(error))
+    assert unreadable > 100
+
+
+def test_too_many_pixels_are_refused_by_the_header() -> None:
+    data = _encoded(Image.new("RGB", (1200, 900)), "PNG")[:200]  # the pixels are not even there
+    message = "1200 x 900 = 1,080,000 pixels exceed data.max_pixels=1,000,000"
+    with pytest.raises(UnreadableImage, match=message):
+        decode_rgb(data, max_pixels=LIMIT)
+
+
+def test_an_image_over_pillows_own_limit_is_refused_too() -> None:
+    data = _encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    with pytest.raises(UnreadableImage, match=r"400,000,000 pixels exceed data.max_pixels"):
+        decode_rgb(data, max_pixels=100_000_000)
+
+
+def test_a_reduced_jpeg_keeps_at_least_the_size_asked_for() -> None:
+    data = _encoded(_noise(800, 600), quality=90)
+    sizes = [
+        finish_rgb(open_image(data, max_pixels=LIMIT), reduce_to=size).size
+        for size in ((801.0, 601.0), (400.0, 300.0), (390.0, 290.0), (100.0, 75.0), (3.0, 2.0))
+    ]
+    assert sizes == [(800, 600), (400, 300), (400, 300), (100, 75), (100, 75)]
