@@ -228,7 +228,7 @@ def _draw_panel(axis: Axes, panel: _Panel, history: Sequence[Mapping[str, float]
 
 
 def _draw_references(axis: Axes, references: Mapping[str, float]) -> None:
-    colors = itertools.cycle((_ORANGE, _FAINT, _GREEN, _PURPLE))
+    colors = itertools.cycle((_FAINT, _ORANGE, _GREEN, _PURPLE))  # as the cards of a report
     for (name, value), color in zip(references.items(), colors, strict=False):
         axis.axhline(value, color=color, linewidth=1.2, linestyle="--")
         _name_line(axis, f"{name} {value:.1f}", value, color=color)

@@ -60,7 +60,10 @@ def test_only_logged_metrics_get_a_panel() -> None:
 def test_references_are_drawn_into_the_knn_panel() -> None:
     orange = (0xD5, 0x5E, 0x00)
     assert _share(loss_curve(HISTORY), orange) == 0
-    assert _share(loss_curve(HISTORY, knn_references={"teacher": 25.0}), orange) > 1e-4
+    assert (
+        _share(loss_curve(HISTORY, knn_references={"untrained": 20.0, "teacher": 25.0}), orange)
+        > 1e-4
+    )
 
 
 def test_a_history_without_known_metrics_is_refused() -> None:
