@@ -332,8 +332,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; ``auto`` takes cuda when the cluster has GPUs."""
     cpus_per_worker: float = 0.0
-    """CPUs each worker reserves; 0: none on GPU nodes, else an equal part of all but one CPU (or
-    half of the CPUs when there are two or fewer), so that Ray Data always has room."""
+    """CPUs each worker reserves; 0 decides by the cluster, so that Ray Data always has room: next
+    to nothing on up to four CPUs, else an equal part of half of them, one beside each GPU."""
     threads_per_worker: int = 0
     """Torch threads per worker; 0: the node's cores divided by its workers."""
     precision: Literal["fp32", "bf16"] = "fp32"

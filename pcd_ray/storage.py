@@ -127,6 +127,14 @@ def write_text(uri: str, text: str) -> None:
     write_bytes(uri, text.encode())
 
 
+def delete_file(uri: str) -> None:
+    """Remove a file; an absent one is no error."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "deleted"):
+        if fs.get_file_info(path).type == pafs.FileType.File:
+            fs.delete_file(path)
+
+
 def delete_folder(uri: str) -> None:
     """Remove a folder and all in it; an absent one is no error."""
     fs, path = filesystem(uri)
@@ -143,9 +151,7 @@ def check_writable(uri: str) -> None:
     """
     probe = join(uri, f".write_check_{uuid.uuid4().hex}")
     write_bytes(probe, b"pcd_ray")
-    fs, path = filesystem(probe)
-    with _explained(uri, "written"):
-        fs.delete_file(path)
+    delete_file(probe)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pcd_ray.errors import ConfigError
 
-
 _OTHER = "choose a backbone with a spatial output"
 
 

@@ -170,9 +170,10 @@ def _parse(uri: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{uri} is no torch file of plain tensors and is not unpickled freely "
             f"({str(error).splitlines()[0]}); save its state dict alone, or as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # bytes that are no torch file fail in any way
+        cause = [type(error).__name__, *str(error).splitlines()][:2]
         raise WeightsError(
-            f"{uri} is truncated or no weights file ({str(error).splitlines()[0]}); "
+            f"{uri} is truncated or no weights file ({': '.join(cause)}); "
             "give a .safetensors or .pth file"
         ) from error
     return _tensors_of(uri, content), {}

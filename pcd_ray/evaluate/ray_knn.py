@@ -55,7 +55,7 @@ def open_knn_images(config: Config) -> KnnImages | None:
     return KnnImages(train, test.filter(pa.array(known)))
 
 
-def knn_scores(
+def knn_scores(  # noqa: PLR0913 - the network, the images, and who shares the work
     feature_map: FeatureMap,
     images: KnnImages,
     config: Config,

@@ -23,6 +23,7 @@ DATA_WAIT = "time/data_wait_pct"
 IMAGES_PER_S = "throughput/images_per_s_global"
 PEAK_GIB = "memory/peak_gib"
 KNN_TOP1 = "eval/knn_top1_pct"
+KNN1_TOP1 = "eval/knn_k1_top1_pct"
 
 _NEARLY_CONSTANT = 0.05  # mean distance of unit vectors from their mean; 1 in all directions
 

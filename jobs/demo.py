@@ -1,0 +1,11 @@
+"""Run the offline demo.
+
+Run: python jobs/demo.py configs/demo.yaml
+"""
+
+import sys
+
+from pcd_ray.cli import run_job
+
+if __name__ == "__main__":
+    run_job("demo", sys.argv)

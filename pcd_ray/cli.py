@@ -1,0 +1,152 @@
+"""``pcd-ray VERB``: parse, call one function, print what it returns.
+
+Results go to stdout, logs to stderr. Exit code 2: an error that the user can mend; 1: a bug.
+Nothing heavy is imported before a verb needs it, so that ``--help`` is instant.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pcd_ray import __version__
+from pcd_ray.errors import PcdError
+
+_FORM = "pcd-ray {verb} {target} [dotted.key=value ...] [--json]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    # flags may stand anywhere among the overrides: argparse wants them in one place
+    options = _parser().parse_args(sorted(given, key=lambda word: word.startswith("--")))
+    verb: Callable[[argparse.Namespace], dict[str, Any]] = options.run
+    try:
+        summary = verb(options)
+    except PcdError as error:
+        if options.traceback:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _print_table(summary)
+    return 0
+
+
+def run_job(verb: str, argv: Sequence[str]) -> None:
+    """Run a verb as a script of ``jobs/``, with the same arguments and exit codes."""
+    sys.exit(main([verb, *argv[1:]]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pcd-ray",
+        description="Pixel-Wise Contrastive Distillation on Ray. Options are listed, with their "
+        "meaning, in pcd_ray/config.py; any of them can be given as dotted.key=value.",
+    )
+    parser.add_argument("--version", action="version", version=f"pcd-ray {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, target, run, text in _VERBS:
+        verb = verbs.add_parser(name, help=text, description=f"{text} Form: {_form(name, target)}")
+        verb.add_argument("words", nargs="*", metavar=target or "dotted.key=value")
+        verb.add_argument("--json", action="store_true", help="print one JSON object")
+        verb.add_argument("--traceback", action="store_true", help="show where an error arose")
+        if name == "train":
+            verb.add_argument(
+                "--dry-run", action="store_true", help="check everything, print the plan, stop"
+            )
+        verb.set_defaults(run=run)
+    return parser
+
+
+def _form(verb: str, target: str) -> str:
+    return " ".join(_FORM.format(verb=verb, target=target).split())
+
+
+def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    from pcd_ray.demo import demo
+
+    summary: dict[str, Any] = demo(_config(options.words or ["configs/demo.yaml"])).summary()
+    return summary
+
+
+def _pack(options: argparse.Namespace) -> dict[str, Any]:
+    from pcd_ray.data.ray_pack import pack
+    from pcd_ray.ray_cluster import connect
+
+    config = _config(options.words)
+    connect()
+    return pack(config.data, seed=config.run.seed).summary()
+
+
+def _train(options: argparse.Namespace) -> dict[str, Any]:
+    from pcd_ray.train.ray_launch import dry_run, train
+
+    config = _config(options.words)
+    if options.dry_run:
+        plan: dict[str, Any] = dry_run(config).summary()
+        return plan
+    return train(config).summary()
+
+
+def _inspect(options: argparse.Namespace) -> dict[str, Any]:
+    from pcd_ray.inspection import inspect
+
+    return inspect(_one(options.words, "inspect PATH")).summary()
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from pcd_ray.config import config_from_file
+    from pcd_ray.export import export
+
+    run, *overrides = options.words or [""]
+    _one([run] if run else [], "export RUN")
+    return export(run, config_from_file("", overrides).export).summary()
+
+
+_VERBS: tuple[tuple[str, str, Callable[[argparse.Namespace], dict[str, Any]], str], ...] = (
+    ("demo", "[CONFIG.yaml]", _demo, "See a student become good at pixels, offline, in minutes."),
+    ("pack", "[CONFIG.yaml]", _pack, "Turn images into shards: data.sources -> data.shards."),
+    ("train", "CONFIG.yaml", _train, "Distil a student, or go on where the run stopped."),
+    ("inspect", "PATH", _inspect, "Say what a folder, shards, a weights file or a run is."),
+    ("export", "RUN", _export, "Write the student's backbone as safetensors, for timm."),
+)
+
+
+def _config(words: Sequence[str]) -> Any:
+    from pcd_ray.config import config_from_argv
+
+    return config_from_argv(["pcd-ray", *words])
+
+
+def _one(words: Sequence[str], form: str) -> str:
+    if len(words) != 1:
+        raise PcdError(f"got {len(words)} arguments; the form is: pcd-ray {form}")
+    return words[0]
+
+
+def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
+    """Print nested plain data as aligned lines, one value each."""
+    rows = list(_rows(summary, prefix))
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in summary.items():
+        if isinstance(value, dict) and value:
+            rows += _rows(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            rows.append((prefix + name, f"{value:.4g}"))
+        else:
+            rows.append((prefix + name, str(value)))
+    return rows

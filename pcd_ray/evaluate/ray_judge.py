@@ -1,0 +1,204 @@
+"""Judge a finished run from storage: kNN, segmentation probe and figures, as one Ray task.
+
+The untrained student, the distilled student and the teacher are judged alike, on the features of
+their frozen backbones.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from pcd_ray import storage
+from pcd_ray.checkpoint import RunFolder, find_checkpoint
+from pcd_ray.config import Config
+from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
+from pcd_ray.data.shards import open_shards
+from pcd_ray.distill.backbones import Backbone
+from pcd_ray.distill.build import build_student, load_teacher
+from pcd_ray.evaluate.features import frozen_map
+from pcd_ray.evaluate.figures import pca_maps, segmentation_grid, views_grid
+from pcd_ray.evaluate.ray_knn import knn_scores, open_knn_images
+from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
+from pcd_ray.evaluate.segmentation_data import SegmentationData, open_segmentation
+
+NETWORKS = ("untrained", "student", "teacher")
+_FIGURE_IMAGES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a run is worth; everything in percent."""
+
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metric -> network -> value, e.g. ``knn_top1`` and ``segmentation_miou``."""
+    segmentation_classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Class -> network -> IoU on the validation split."""
+
+
+def judge(config: Config, *, device: str, cpus: float) -> Judgement:
+    """Judge the newest checkpoint of a run in a Ray task; write its figures to the run's folder.
+
+    Args:
+        config: the run.
+        device: ``cpu`` or ``cuda``.
+        cpus: CPUs that the task reserves, the rest is left to Ray Data.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ShardError: an evaluation set is not what it should be.
+    """
+    task = ray.remote(num_cpus=cpus, num_gpus=1 if device == "cuda" else 0)(_judge)
+    try:
+        result: Judgement = ray.get(task.remote(config, device))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error  # our own errors speak for themselves
+    return result
+
+
+def _judge(config: Config, device: str) -> Judgement:
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing else computes now
+    place = torch.device(device)
+    networks = _networks(config, place)
+    scores = _knn(config, networks, place)
+    classes: dict[str, dict[str, float]] = {}
+    if config.eval.segmentation:
+        data = open_segmentation(config.eval.segmentation, size_px=config.eval.segmentation_size_px)
+        probes = _probes(config, data, networks)
+        scores |= _segmentation_scores(probes)
+        classes = _class_scores(probes, data)
+        _draw_predictions(config, data, networks, probes)
+    _draw_views(config)
+    _draw_maps(config, networks, place)
+    return Judgement(scores, classes)
+
+
+def _networks(config: Config, device: torch.device) -> dict[str, Backbone]:
+    stored = find_checkpoint(RunFolder.of(config).uri)
+    untrained, student = build_student(config, []), build_student(config, [])
+    prefix = "backbone."
+    student.backbone.load_state_dict(
+        {
+            key.removeprefix(prefix): value
+            for key, value in stored.state["student"].items()
+            if key.startswith(prefix)
+        }
+    )
+    found = (untrained.backbone, student.backbone, load_teacher(config.teacher).backbone)
+    return {name: network.to(device).eval() for name, network in zip(NETWORKS, found, strict=True)}
+
+
+def _knn(
+    config: Config, networks: dict[str, Backbone], device: torch.device
+) -> dict[str, dict[str, float]]:
+    images = open_knn_images(config)
+    if images is None:
+        return {}
+    found = {
+        name: knn_scores(network, images, config, device=device)
+        for name, network in networks.items()
+    }
+    best = max(next(iter(found.values())))
+    return {
+        "knn_top1": {name: scores[best] for name, scores in found.items()},
+        "knn_k1_top1": {name: scores[1] for name, scores in found.items()},
+    }
+
+
+def _probes(
+    config: Config, data: SegmentationData, networks: dict[str, Backbone]
+) -> dict[str, ProbeResult]:
+    return {
+        name: linear_probe_miou(
+            network,
+            data,
+            seed=config.run.seed,
+            splits=_judged_splits(data),
+        )
+        for name, network in networks.items()
+    }
+
+
+def _judged_splits(data: SegmentationData) -> tuple[str, ...]:
+    return tuple(split for split in data.splits if split != "train")
+
+
+def _segmentation_scores(probes: dict[str, ProbeResult]) -> dict[str, dict[str, float]]:
+    scores = {"segmentation_miou": {n: p.scores["val"].miou_pct for n, p in probes.items()}}
+    if all("test" in probe.scores for probe in probes.values()):
+        scores["segmentation_test_miou"] = {
+            name: probe.scores["test"].miou_pct for name, probe in probes.items()
+        }
+    return scores
+
+
+def _class_scores(
+    probes: dict[str, ProbeResult], data: SegmentationData
+) -> dict[str, dict[str, float]]:
+    return {
+        name: {network: probe.scores["val"].iou_pct[name] for network, probe in probes.items()}
+        for name in data.classes
+    }
+
+
+def _draw_predictions(
+    config: Config,
+    data: SegmentationData,
+    networks: dict[str, Backbone],
+    probes: dict[str, ProbeResult],
+) -> None:
+    images, truth = next(data.batches("val", batch_size=4))
+    predictions = {
+        name: probes[name].predict(network, images.to(network.mean.device)).numpy()
+        for name, network in networks.items()
+    }
+    png = segmentation_grid(images.numpy(), truth.numpy(), predictions, data.classes)
+    storage.write_bytes(RunFolder.of(config).file("figures", "segmentation.png"), png)
+
+
+def _draw_views(config: Config) -> None:
+    """Draw the first views of the run, as the networks see them."""
+    shards = open_shards(config.data.shards)
+    batches = view_batches(
+        shards.index,
+        EpochPlan(shards.plan_sources, config.run.seed),
+        recipe_from(config.augment, config.pairing.kind),
+        seed=config.run.seed,
+        rank=0,
+        num_ranks=1,
+        global_batch_size=8,
+        start_step=0,
+        stop_step=1,
+        data=config.data,
+    )
+    batch = next(iter(batches))
+    png = views_grid(
+        batch["student_view"], batch.get("teacher_view"), batch["student_box"], batch["teacher_box"]
+    )
+    storage.write_bytes(RunFolder.of(config).file("figures", "views.png"), png)
+
+
+def _draw_maps(config: Config, networks: dict[str, Backbone], device: torch.device) -> None:
+    """Draw PCA colour maps of all networks on the same images."""
+    images = _figure_images(config)
+    maps = {
+        name: frozen_map(network, torch.from_numpy(images).to(device)).cpu()
+        for name, network in networks.items()
+    }
+    png = pca_maps(images, maps)
+    storage.write_bytes(RunFolder.of(config).file("figures", "pca_maps.png"), png)
+
+
+def _figure_images(config: Config) -> np.ndarray[Any, Any]:
+    """Return a few packed images, larger than in training: a finer map is easier to read."""
+    shards = open_shards(config.data.shards)
+    size = 2 * config.augment.image_size_px
+    rows = np.linspace(0, shards.num_images - 1, _FIGURE_IMAGES).astype(np.int64)
+    batches = eval_batches(
+        shards.index, rows, size_px=size, batch_size=_FIGURE_IMAGES, data=config.data
+    )
+    return next(iter(batches))[0]

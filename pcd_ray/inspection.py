@@ -1,0 +1,126 @@
+"""What is this: a folder of images, packed shards, a weights file, a checkpoint or a run."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from pcd_ray import storage
+from pcd_ray.checkpoint import RunFolder, checkpoint_steps, find_checkpoint
+from pcd_ray.data.image_index import classes_of, column
+from pcd_ray.data.shards import MANIFEST, verify_shards
+from pcd_ray.data.sources import list_images
+from pcd_ray.distill.heads import output_width
+from pcd_ray.distill.spatial_adaptor import layer_names
+from pcd_ray.distill.weights import METADATA_KEY, RELEASES, read_weights, take_apart
+from pcd_ray.errors import PcdError
+
+_WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectResult:
+    """What a place on storage holds."""
+
+    kind: str
+    """``images``, ``shards``, ``weights``, ``checkpoint`` or ``run``."""
+    facts: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the result as plain data."""
+        return {"kind": self.kind, **self.facts}
+
+
+def inspect(uri: str) -> InspectResult:
+    """Say what a file or folder is.
+
+    Raises:
+        PcdError: it is missing, damaged, or none of the things that pcd_ray knows.
+    """
+    uri = storage.absolute(uri)
+    if not storage.exists(uri):
+        raise PcdError(f"{uri}: there is no such file or folder; check the path")
+    if storage.exists(storage.join(uri, MANIFEST)):
+        return _shards(uri)
+    if storage.exists(storage.join(uri, "checkpoint.json")):
+        return _checkpoint(uri, "checkpoint")
+    if checkpoint_steps(RunFolder(uri)):
+        return _checkpoint(uri, "run")
+    if uri.lower().endswith(_WEIGHTS_SUFFIXES):
+        return _weights(uri)
+    return _images(uri)
+
+
+def _shards(uri: str) -> InspectResult:
+    shards = verify_shards(uri)
+    return InspectResult(
+        "shards",
+        {
+            "images": shards.num_images,
+            "bad_images_left_out": shards.num_bad,
+            "shards": len(shards.files),
+            "bytes": sum(file.bytes for file in shards.files),
+            "classes": len(shards.classes),
+            "sources": [
+                {"uri": s.uri, "images": s.images, "weight": s.weight} for s in shards.sources
+            ],
+            "content_hash": shards.content_hash,
+            "verified": "all hashes match",
+        },
+    )
+
+
+def _images(uri: str) -> InspectResult:
+    index = list_images(uri)
+    suffixes = Counter(key.rpartition(".")[2].lower() for key in index.column("key").to_pylist())
+    return InspectResult(
+        "images",
+        {
+            "images": index.num_rows,
+            "bytes": int(column(index, "size").sum()),
+            "classes": len(classes_of(index)),
+            "formats": dict(suffixes.most_common()),
+        },
+    )
+
+
+def _weights(uri: str) -> InspectResult:
+    file = read_weights(uri)
+    parts = take_apart(file)
+    release = next(iter(RELEASES.values())) if parts.layout == "mocov3" else None
+    own = file.metadata.get(METADATA_KEY, {})
+    head = list(parts.head) if parts.head is not None else []
+    return InspectResult(
+        "weights",
+        {
+            "layout": parts.layout,
+            "method": release.method if release else own.get("method", "unknown"),
+            "network": (release.timm_name if release else own.get("arch"))
+            or file.metadata.get("timm_name", "not said in the file; give teacher.arch"),
+            "tensors": len(file.tensors),
+            "parameters": sum(value.numel() for value in parts.backbone.values()),
+            "head": layer_names(head) or "none: set teacher.head=pca or none",
+            "output_width": output_width(parts.head, 0) if parts.head is not None else None,
+            "unused": parts.unused,
+            "licence": (release.licence if release else own.get("licence"))
+            or file.metadata.get("teacher_licence", "unknown"),
+            "sha256": file.sha256,
+        },
+    )
+
+
+def _checkpoint(uri: str, kind: str) -> InspectResult:
+    stored = find_checkpoint(uri)
+    steps = checkpoint_steps(RunFolder(uri)) if kind == "run" else [stored.about["step"]]
+    facts = {key: stored.about[key] for key in ("step", "total_steps", "epoch", "teacher")}
+    return InspectResult(
+        kind,
+        facts
+        | {
+            "student": stored.about["student"]["backbone"],
+            "checkpoints": steps,
+            "metrics": stored.about["metrics"],
+            "queue_filled": stored.state["queue"]["num_pushed"],
+            "data_sha256": stored.about["data_sha256"],
+            "verified": "the state's hash matches",
+        },
+    )

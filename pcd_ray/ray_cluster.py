@@ -1,0 +1,131 @@
+"""The cluster: join the one that the environment names, or start one on this machine.
+
+Resource names and how CPUs are shared between training workers and data tasks are decided here.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from pcd_ray.errors import ClusterError
+
+_OBJECT_STORE_SHARE = 0.2  # of this machine's memory, when we start Ray ourselves
+_SMALL_CPUS = 4  # up to this many, workers reserve next to nothing
+_TOKEN_CPU = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterResources:
+    """What the cluster has now, all nodes together."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShare:
+    """What one training worker gets."""
+
+    device: str
+    """``cpu`` or ``cuda``."""
+    cpus: float
+    """CPUs that Ray reserves for it."""
+    threads: int
+    """Torch threads it computes with."""
+
+
+def connect() -> ClusterResources:
+    """Join the cluster of ``RAY_ADDRESS``, or start Ray on this machine; twice is once.
+
+    Raises:
+        ClusterError: the named cluster does not answer.
+    """
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        if address is None:
+            # a cluster of one machine that dies with this process needs no token
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        try:
+            ray.init(
+                address=address,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                include_dashboard=None if address else False,
+                object_store_memory=None if address else _object_store_bytes(),
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"the Ray cluster at RAY_ADDRESS={address!r} does not answer ({error}); check the "
+                "address, export RAY_AUTH_MODE=token if it asks for one, or unset RAY_ADDRESS"
+            ) from error
+    return resources()
+
+
+def resources() -> ClusterResources:
+    """Return what the cluster has now."""
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, object]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node for node in nodes if node["Alive"]]
+    return ClusterResources(total.get("CPU", 0.0), total.get("GPU", 0.0), len(alive))
+
+
+def share_for_workers(
+    have: ClusterResources,
+    *,
+    num_workers: int,
+    device: str,
+    cpus_per_worker: float,
+    threads_per_worker: int,
+    cpus_per_data_task: float,
+) -> WorkerShare:
+    """Decide what each training worker gets, such that Ray Data keeps room to work.
+
+    Args:
+        have: the cluster.
+        num_workers: ``train.num_workers``.
+        device: ``train.device``.
+        cpus_per_worker: ``train.cpus_per_worker``; 0 decides here.
+        threads_per_worker: ``train.threads_per_worker``; 0 decides here.
+        cpus_per_data_task: ``data.cpus_per_task``.
+
+    Raises:
+        ClusterError: the cluster cannot hold the workers and one data task.
+    """
+    chosen = ("cuda" if have.gpus >= 1 else "cpu") if device == "auto" else device
+    if chosen == "cuda" and have.gpus < num_workers:
+        raise ClusterError(
+            f"train.num_workers={num_workers} with train.device=cuda need {num_workers} GPUs, the "
+            f"cluster has {have.gpus:g}; use train.num_workers={max(1, int(have.gpus))}"
+            + ("" if have.gpus else " and train.device=cpu")
+        )
+    cpus = cpus_per_worker or _cpus_per_worker(have, num_workers, chosen, cpus_per_data_task)
+    wanted = cpus * num_workers + cpus_per_data_task
+    if wanted > have.cpus + 1e-6:
+        raise ClusterError(
+            f"train.num_workers={num_workers} x {cpus:g} CPUs and one data task of "
+            f"data.cpus_per_task={cpus_per_data_task:g} need {wanted:g} CPUs, the cluster has "
+            f"{have.cpus:g}; lower train.num_workers, train.cpus_per_worker or data.cpus_per_task"
+        )
+    cores = max(1, int(have.cpus / max(1, have.nodes)))
+    workers_per_node = max(1, -(-num_workers // max(1, have.nodes)))
+    return WorkerShare(chosen, cpus, threads_per_worker or max(1, cores // workers_per_node))
+
+
+def _cpus_per_worker(
+    have: ClusterResources, num_workers: int, device: str, cpus_per_data_task: float
+) -> float:
+    if device == "cuda":
+        return min(1.0, (have.cpus - cpus_per_data_task) / num_workers / 2)
+    # Processes share cores through the operating system whatever Ray reserves, and back-pressure
+    # keeps data tasks from running ahead: what matters is that reservations leave them room. On a
+    # small machine data tasks may take all cores but for a token; on larger clusters half of them.
+    room = have.cpus - _TOKEN_CPU if have.cpus <= _SMALL_CPUS else have.cpus / 2
+    return round((have.cpus - max(room, cpus_per_data_task)) / num_workers, 4)
+
+
+def _object_store_bytes() -> int:
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return int(min(8 * 2**30, _OBJECT_STORE_SHARE * pages * page))

@@ -1,0 +1,237 @@
+"""Config -> TorchTrainer -> result: what the driver does."""
+
+import json
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.train.torch import TorchTrainer
+from torch import nn
+
+from pcd_ray import errors, storage
+from pcd_ray.checkpoint import (
+    RunFolder,
+    checkpoint_name,
+    checkpoint_steps,
+    find_checkpoint,
+    latest_checkpoint,
+)
+from pcd_ray.config import Config, changed_options, config_to_values, to_yaml
+from pcd_ray.data.shards import Shards, open_shards
+from pcd_ray.errors import CheckpointError, PcdError, TrainingError
+from pcd_ray.evaluate.ray_judge import Judgement, judge
+from pcd_ray.evaluate.run_report import write_report
+from pcd_ray.export import student_of
+from pcd_ray.ray_cluster import WorkerShare, connect, share_for_workers
+from pcd_ray.train.ray_events import EventReceiver
+from pcd_ray.train.ray_worker import FAILURE_FILE, TEACHER_HEAD_FILE, train_worker
+from pcd_ray.train.run_log import RunLog
+from pcd_ray.train.run_plan import RunPlan, plan_run
+
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run."""
+
+    path: str
+    """Its folder."""
+    checkpoint: str
+    """Its last checkpoint."""
+    metrics: dict[str, Any]
+    """Scores in percent, by metric and network, and how the run went."""
+    history: list[dict[str, Any]] = field(repr=False)
+    """Lines of ``metrics.jsonl``."""
+
+    def student(self) -> nn.Module:
+        """Return the student's backbone as a timm model with the trained weights, in eval mode."""
+        return student_of(find_checkpoint(self.checkpoint))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``summary.json`` holds."""
+        return {"path": self.path, "checkpoint": self.checkpoint, **self.metrics}
+
+
+def train(config: Config) -> TrainResult:
+    """Train a student, or go on with the run of this name where it stopped.
+
+    Returns:
+        The finished run, judged, with its report written.
+
+    Raises:
+        PcdError: what a user can mend; whatever was stored stays.
+    """
+    folder = RunFolder.of(config)
+    share, shards, plan = _checked(config)
+    _prepare_folder(config, folder, shards)
+    started = time.monotonic()
+    log = RunLog(folder, total_steps=plan.steps)
+    try:
+        _fit(config, folder, share, log)
+    finally:
+        log.close()
+    trained_s = time.monotonic() - started
+    log.say("judging the student")
+    judgement = judge(config, device=share.device, cpus=share.cpus)
+    return _finish(config, folder, plan, judgement, log.history, trained_s)
+
+
+def dry_run(config: Config) -> RunPlan:
+    """Check everything that `train` would and return the plan, without training.
+
+    Raises:
+        PcdError: what would stop the run.
+    """
+    _, shards, plan = _checked(config)
+    folder = RunFolder.of(config)
+    _refuse_changes(config, folder, shards)
+    storage.check_writable(folder.uri)
+    return plan
+
+
+def _checked(config: Config) -> tuple[WorkerShare, Shards, RunPlan]:
+    """Check the data, then the cluster, then the networks: the cheapest first."""
+    if not config.data.shards:
+        raise errors.ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
+    shards = open_shards(config.data.shards)
+    share = share_for_workers(
+        connect(),
+        num_workers=config.train.num_workers,
+        device=config.train.device,
+        cpus_per_worker=config.train.cpus_per_worker,
+        threads_per_worker=config.train.threads_per_worker,
+        cpus_per_data_task=config.data.cpus_per_task,
+    )
+    return share, shards, plan_run(config, shards, device=share.device)
+
+
+def _refuse_changes(config: Config, folder: RunFolder, shards: Shards) -> None:
+    """Refuse to go on with a run whose settings or data have changed, naming what."""
+    stored = latest_checkpoint(folder)
+    if stored is None or config.run.allow_changes:
+        return
+    changes = changed_options(stored.config, config)
+    if stored.about["data_sha256"] != shards.content_hash:
+        changes.append(f"data.shards: the packed images at {config.data.shards} are others")
+    if changes:
+        listed = "\n  ".join(changes)
+        raise CheckpointError(
+            f"{folder.uri} holds a run at step {stored.about['step']} with other settings:\n"
+            f"  {listed}\nchoose another run.name, set these back, or set run.allow_changes=true"
+        )
+
+
+def _prepare_folder(config: Config, folder: RunFolder, shards: Shards) -> None:
+    storage.check_writable(folder.uri)
+    _refuse_changes(config, folder, shards)
+    storage.delete_file(folder.file(FAILURE_FILE))
+    if not checkpoint_steps(folder):  # nothing to go on with: nothing of an earlier try counts
+        for name in (TEACHER_HEAD_FILE, "references.json", "metrics.jsonl"):
+            storage.delete_file(folder.file(name))
+        storage.delete_folder(folder.file("tensorboard"))
+        storage.delete_folder(folder.checkpoints)
+    storage.write_text(folder.file("config.yaml"), to_yaml(config))
+
+
+def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> None:
+    """Run the trainer, passing on what the workers tell, and explain how it failed if it did."""
+    mailbox = f"pcd_ray_{uuid.uuid4().hex}"
+    receiver = EventReceiver(mailbox)
+    finished = threading.Event()
+    listener = threading.Thread(target=_listen, args=(receiver, log, finished), daemon=True)
+    listener.start()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config_to_values(config),
+            "mailbox": mailbox,
+            "threads": share.threads,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=share.device == "cuda",
+            resources_per_worker={"CPU": share.cpus},
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=folder.uri,
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+        ),
+    )
+    cause: Exception | None = None
+    try:
+        trainer.fit()
+    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+        cause = error
+    finally:
+        finished.set()
+        listener.join()
+        receiver.close()
+    _raise_failure(folder, config, cause)
+
+
+def _listen(receiver: EventReceiver, log: RunLog, finished: threading.Event) -> None:
+    """Pass events on until training has finished and the mailbox is empty."""
+    last = False
+    while not last:
+        last = finished.wait(_POLL_S)
+        for event in receiver.take():
+            if event.kind == "metrics":
+                log.metrics(event.step, event.epoch, event.values)
+            elif event.kind == "resumed":
+                log.resume_at(event.step)
+            else:
+                log.say(event.text)
+
+
+def _raise_failure(folder: RunFolder, config: Config, cause: Exception | None) -> None:
+    uri = folder.file(FAILURE_FILE)
+    if storage.exists(uri):
+        story = json.loads(storage.read_text(uri))
+        kind: type[PcdError] = getattr(errors, story["kind"], PcdError)
+        raise kind(story["message"]) from cause
+    if cause is not None:
+        steps = checkpoint_steps(folder)
+        raise TrainingError(
+            f"training failed {config.train.max_failures + 1} times (train.max_failures="
+            f"{config.train.max_failures}): {_last_line(cause)}; the same command goes on from "
+            f"step {steps[-1] if steps else 0}"
+        ) from cause
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _finish(
+    config: Config,
+    folder: RunFolder,
+    plan: RunPlan,
+    judgement: Judgement,
+    history: list[dict[str, Any]],
+    trained_s: float,
+) -> TrainResult:
+    step = checkpoint_steps(folder)[-1]
+    result = TrainResult(
+        path=folder.uri,
+        checkpoint=storage.join(folder.checkpoints, checkpoint_name(step)),
+        metrics={
+            "step": step,
+            "training_s": round(trained_s, 1),
+            **judgement.scores,
+            "segmentation_classes": judgement.segmentation_classes,
+            "plan": plan.summary(),
+        },
+        history=history,
+    )
+    storage.write_text(folder.file("summary.json"), json.dumps(result.summary(), indent=2))
+    write_report(folder, config, result.summary(), history)
+    return result
