@@ -132,7 +132,7 @@ def test_a_size_that_a_network_cannot_take_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["mixer_s32_224", "crossvit_tiny_240"])
 def test_networks_of_timm_without_a_map_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="map.*; choose a backbone with a spatial output"):
+    with pytest.raises(ConfigError, match=r"map.*; choose a backbone with a spatial output"):
         map_shape(build_backbone(name), 224)
 
 

@@ -1,0 +1,322 @@
+import contextlib
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from tiny import images
+from torch import Tensor, nn
+
+from pcd_ray.config import TeacherConfig
+from pcd_ray.distill.backbones import build_backbone
+from pcd_ray.distill.build import load_teacher
+from pcd_ray.distill.heads import MlpShape, linear_widths
+from pcd_ray.distill.weights import (
+    METADATA_KEY,
+    WeightsFile,
+    load_backbone,
+    read_weights,
+    save_teacher,
+    take_apart,
+    tensors_sha256,
+)
+from pcd_ray.errors import WeightsError
+from pcd_ray.storage import StorageError
+
+
+def in_memory(tensors: dict[str, Tensor]) -> WeightsFile:
+    return WeightsFile("memory.pth", tensors, {}, "")
+
+
+# MoCo v3, as published
+
+
+def test_a_published_mocov3_file_is_read_whole(
+    mocov3_file: Path, mocov3_tensors: dict[str, Tensor]
+) -> None:
+    loaded = load_teacher(TeacherConfig(arch="mocov3_resnet50", weights=str(mocov3_file)))
+    assert loaded.head is not None
+    assert linear_widths(loaded.head) == [(2048, 4096), (4096, 256)]
+    assert loaded.predictor == MlpShape((4096, 256), final_norm=False)
+    assert (loaded.identity.licence, loaded.identity.head) == ("CC-BY-NC-4.0", "published")
+    assert loaded.identity.source == "r-50-1000ep.pth.tar"
+
+    prefix = "module.momentum_encoder."
+    momentum = {
+        k.removeprefix(prefix): v for k, v in mocov3_tensors.items() if k.startswith(prefix)
+    }
+    resnet = timm.create_model("resnet50", num_classes=0, global_pool="").eval()
+    resnet.load_state_dict({k: v for k, v in momentum.items() if not k.startswith("fc.")})
+    batch = images(0, 2, 64)
+    own = (batch.permute(0, 3, 1, 2) / 255 - imagenet(0)) / imagenet(1)
+    with torch.no_grad():
+        features = loaded.backbone(batch)
+        torch.testing.assert_close(features, resnet(own), rtol=1e-4, atol=1e-4)
+        pooled = torch.randn(3, 2048)
+        hidden = pooled @ momentum["fc.0.weight"].T
+        for key, act in (("fc.1", True), ("fc.4", False)):
+            mean, var = momentum[f"{key}.running_mean"], momentum[f"{key}.running_var"]
+            hidden = (hidden - mean) / (var + 1e-5).sqrt()
+            if act:
+                hidden = hidden * momentum[f"{key}.weight"] + momentum[f"{key}.bias"]
+                hidden = hidden.relu() @ momentum["fc.3.weight"].T
+        torch.testing.assert_close(loaded.head(pooled), hidden, rtol=1e-4, atol=1e-4)
+
+
+def imagenet(index: int) -> Tensor:
+    """ImageNet's mean (0) or standard deviation (1)."""
+    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]][index]).view(3, 1, 1)
+
+
+def test_nothing_of_a_mocov3_file_is_left_over(mocov3_tensors: dict[str, Tensor]) -> None:
+    parts = take_apart(in_memory(mocov3_tensors))
+    assert parts.layout == "mocov3"
+    assert parts.head is not None
+    used = len(parts.backbone) + len(parts.head.state_dict())
+    unused = [k for k in mocov3_tensors if k.startswith(tuple(parts.unused))]
+    assert used + len(unused) == len(mocov3_tensors)
+    assert set(parts.unused) == {"module.base_encoder.", "module.predictor."}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("module.momentum_encoder.fc.5.scale", "head layer 5 with .* is no Linear"),
+        ("module.momentum_encoder.fc.3.extra", r'Unexpected key\(s\) in state_dict: "3.extra"'),
+        ("module.queue", "1 keys belong to no part of MoCo v3: module.queue"),
+        ("queue_ptr", "1 keys belong to no part of MoCo v3: queue_ptr"),
+    ],
+)
+def test_a_key_that_mocov3_does_not_have_is_refused(
+    mocov3_tensors: dict[str, Tensor], key: str, message: str
+) -> None:
+    with pytest.raises(WeightsError, match=message):
+        take_apart(in_memory({**mocov3_tensors, key: torch.ones(3)}))
+
+
+def test_an_encoder_without_its_head_is_refused(mocov3_tensors: dict[str, Tensor]) -> None:
+    bare = {k: v for k, v in mocov3_tensors.items() if ".fc." not in k}
+    with pytest.raises(WeightsError, match=r"no head \(fc\.\*\).*give the ResNet-50 file"):
+        take_apart(in_memory(bare))
+
+
+def test_mocov3_given_as_a_bare_backbone_and_the_reverse_are_told_apart(
+    mocov3_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        WeightsError, match=r"as MoCo v3 publishes .*; set teacher.arch=mocov3_resn"
+    ):
+        load_teacher(TeacherConfig(arch="resnet50", weights=str(mocov3_file)))
+    bare = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file({"conv1.weight": torch.ones(64, 3, 7, 7)}, bare)
+    with pytest.raises(WeightsError, match=r"of a bare backbone.*; set teacher.arch=resnet50"):
+        load_teacher(TeacherConfig(arch="mocov3_resnet50", weights=str(bare)))
+
+
+# timm's own names
+
+
+@pytest.fixture
+def resnet_state() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return dict(timm.create_model("test_resnet", num_classes=10).state_dict())
+
+
+@pytest.mark.parametrize("container", ["safetensors", "pth", "state_dict"])
+def test_a_timm_file_with_its_classifier_loads(
+    container: str, resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights.{container}"
+    if container == "safetensors":
+        safetensors.torch.save_file(resnet_state, path)
+    else:
+        torch.save(resnet_state if container == "pth" else {"state_dict": resnet_state}, path)
+    loaded = load_teacher(TeacherConfig(arch="test_resnet", weights=str(path), head="none"))
+    own = loaded.backbone.body.state_dict()
+    assert "fc.weight" not in own
+    assert all(torch.equal(value, resnet_state[key]) for key, value in own.items())
+    assert (loaded.head, loaded.predictor, loaded.identity.licence) == (None, None, "unknown")
+
+
+def test_missing_left_over_and_misshapen_keys_are_named(resnet_state: dict[str, Tensor]) -> None:
+    backbone = build_backbone("test_resnet")
+    before = tensors_sha256(backbone)
+    wrong = dict(resnet_state)
+    del wrong["layer1.0.conv1.weight"]
+    wrong["layer9.conv.weight"] = torch.ones(1)
+    wrong["bn1.weight"] = torch.ones(7)
+    with pytest.raises(WeightsError) as refused:
+        load_backbone(backbone, wrong, uri="some.pth")
+    message = str(refused.value)
+    assert "some.pth is no test_resnet file" in message
+    assert "1 keys missing: layer1.0.conv1.weight" in message
+    assert "1 keys left over: layer9.conv.weight" in message
+    assert "1 shapes: bn1.weight (7,) instead of (" in message
+    assert tensors_sha256(backbone) == before
+
+
+def test_long_lists_of_keys_are_cut(resnet_state: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=rf"\({len(resnet_state) - 2 - 6} more\)"):
+        load_backbone(build_backbone("test_resnet"), {}, uri="some.pth")
+
+
+def test_real_imagenet_weights_load_strictly(mobilenet_file: Path) -> None:
+    config = TeacherConfig(
+        arch="mobilenetv2_100", weights=str(mobilenet_file), kwargs={"pad_type": "same"}
+    )
+    loaded = load_teacher(config)
+    tensors = read_weights(str(mobilenet_file)).tensors
+    own = loaded.backbone.body.state_dict()
+    assert set(tensors) - set(own) == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(value, tensors[key]) for key, value in own.items())
+    assert loaded.identity.head == "pca"  # no head was published
+
+
+# our own layout
+
+
+def test_a_teacher_of_our_own_comes_back_with_head_activation_and_normalisation(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(2)
+    backbone = build_backbone("test_resnet", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    head = nn.Sequential(nn.Linear(96, 32), nn.GELU(), nn.Linear(32, 16)).eval()
+    uri = str(tmp_path / "teacher.safetensors")
+    save_teacher(uri, backbone, head, activation="gelu", licence="MIT")
+    loaded = load_teacher(TeacherConfig(arch="test_resnet", weights=uri))
+    assert (loaded.identity.licence, loaded.identity.head) == ("MIT", "published")
+    assert loaded.head is not None
+    batch = images(3, 2, 64)
+    with torch.no_grad():
+        expected = backbone(batch)
+        torch.testing.assert_close(loaded.backbone(batch), expected, rtol=1e-5, atol=1e-5)
+        pooled = expected.mean((2, 3))
+        assert torch.equal(loaded.head(pooled), head(pooled))
+    with pytest.raises(WeightsError, match=r"holds a test_resnet; set teacher.arch=test_resnet"):
+        load_teacher(TeacherConfig(arch="resnet18", weights=uri))
+
+
+def test_a_stray_key_in_our_own_layout_is_refused() -> None:
+    tensors = {"backbone.conv.weight": torch.ones(1), "neck.weight": torch.ones(1)}
+    file = WeightsFile("own.safetensors", tensors, {METADATA_KEY: {}}, "")
+    with pytest.raises(WeightsError, match=r"'neck.weight' is neither backbone\.\* nor head\.\*"):
+        take_apart(file)
+
+
+# files that are no weights
+
+
+class Attack:
+    """Unpickled freely, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.mkdir, (self.folder,)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("container", ["torch", "pickle"])
+def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(
+    container: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "executed"
+    path = tmp_path / "attack.pth"
+    content = {"state_dict": {"conv1.weight": torch.ones(1)}, "extra": Attack(target)}
+    if container == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(Attack(target)))
+    with pytest.raises(WeightsError, match="is not unpickled freely"):
+        read_weights(str(path))
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Attack(target)))
+    assert target.exists()  # the attack is a real one
+
+
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+WEIGHTS = {"conv.weight": torch.ones(100, 100)}
+NO_WEIGHTS = {
+    "empty": (b"", "is empty"),
+    "text": (b"these are no weights\n" * 50, "no torch file|no weights file"),
+    "html": (b"<!DOCTYPE html><html>404</html>", "no torch file|no weights file"),
+    "binary": (bytes(range(256)) * 20, "no torch file|no weights file"),
+    "one byte": (b"\x80", "no torch file|no weights file"),
+    "truncated torch": (saved(WEIGHTS)[:-3000], "truncated"),
+    "torn torch": (saved(WEIGHTS)[:100], "no torch file|truncated"),
+    "truncated safetensors": (safetensors.torch.save(WEIGHTS)[:-9], "damaged safetensors"),
+    "torn safetensors": (safetensors.torch.save(WEIGHTS)[:40], "damaged safetensors"),
+    "tensor": (saved(torch.ones(3)), "holds a Tensor, not a state dict"),
+    "list": (saved([torch.ones(3)]), "holds a list, not a state dict"),
+    "numbers": (saved({"epoch": 3, "lr": 0.1}), "no tensors: epoch, lr"),
+    "mixed": (saved({"state_dict": {"a": torch.ones(1), "b": 3}}), "no tensors: b"),
+    "no tensors": (saved({"state_dict": {}}), "not a state dict"),
+    "no tensors, safely": (safetensors.torch.save({}), "holds no tensors"),
+    "foreign metadata": (
+        safetensors.torch.save(WEIGHTS, metadata={METADATA_KEY: "not json"}),
+        "is no JSON mapping",
+    ),
+    "odd metadata": (
+        safetensors.torch.save(WEIGHTS, metadata={METADATA_KEY: json.dumps([1])}),
+        "is no JSON mapping",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+def test_a_file_that_is_no_weights_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    data, message = NO_WEIGHTS[name]
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match=message) as refused:
+        read_weights(str(path))
+    assert str(path) in str(refused.value)
+
+
+def test_any_damage_to_a_torch_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    legacy = io.BytesIO()
+    torch.save(WEIGHTS, legacy, _use_new_zipfile_serialization=False)
+    random = torch.Generator().manual_seed(0)
+    for data in (saved(WEIGHTS), legacy.getvalue()):
+        for _ in range(60):
+            damaged = bytearray(data)
+            start = int(torch.randint(0, 400, (), generator=random))
+            noise = torch.randint(0, 256, (8,), generator=random, dtype=torch.uint8)
+            damaged[start : start + 8] = bytes(noise.tolist())
+            path.write_bytes(bytes(damaged))
+            with contextlib.suppress(WeightsError):  # any other error fails this test
+                assert read_weights(str(path)).tensors
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"nowhere\.pth cannot be read"):
+        read_weights(str(tmp_path / "nowhere.pth"))
+
+
+# identity
+
+
+def test_the_hash_sees_every_weight_statistic_and_count() -> None:
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    hashes = {tensors_sha256(module)}
+    for value in module.state_dict().values():
+        value.view(-1)[0] += 1
+        hashes.add(tensors_sha256(module))
+    assert len(hashes) == 1 + len(module.state_dict())
+
+
+def test_the_hash_does_not_depend_on_the_layout_in_memory() -> None:
+    module = nn.Conv2d(3, 4, 3)
+    before = tensors_sha256(module)
+    assert tensors_sha256(module.to(memory_format=torch.channels_last)) == before
