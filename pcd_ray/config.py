@@ -332,8 +332,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; ``auto`` takes cuda when the cluster has GPUs."""
     cpus_per_worker: float = 0.0
-    """CPUs each worker reserves; 0 decides by the cluster, so that Ray Data always has room: next
-    to nothing on up to four CPUs, else an equal part of half of them, one beside each GPU."""
+    """CPUs each worker reserves; 0 decides by the cluster, so that Ray Data always has room: none
+    where there are up to four, else an equal part of half of them; at most one beside a GPU."""
     threads_per_worker: int = 0
     """Torch threads per worker; 0: the node's cores divided by its workers."""
     precision: Literal["fp32", "bf16"] = "fp32"

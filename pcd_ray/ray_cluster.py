@@ -12,8 +12,7 @@ import ray
 from pcd_ray.errors import ClusterError
 
 _OBJECT_STORE_SHARE = 0.2  # of this machine's memory, when we start Ray ourselves
-_SMALL_CPUS = 4  # up to this many, workers reserve next to nothing
-_TOKEN_CPU = 0.02
+_SMALL_CPUS = 4  # up to this many, workers reserve none of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,11 @@ class WorkerShare:
     """CPUs that Ray reserves for it."""
     threads: int
     """Torch threads it computes with."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What to ask of Ray; one byte of memory, since a request for nothing is refused."""
+        return {"CPU": self.cpus, "memory": 1}
 
 
 def connect() -> ClusterResources:
@@ -118,12 +122,11 @@ def _cpus_per_worker(
     have: ClusterResources, num_workers: int, device: str, cpus_per_data_task: float
 ) -> float:
     if device == "cuda":
-        return min(1.0, (have.cpus - cpus_per_data_task) / num_workers / 2)
+        return max(0.0, min(1.0, (have.cpus - cpus_per_data_task) / num_workers / 2))
     # Processes share cores through the operating system whatever Ray reserves, and back-pressure
     # keeps data tasks from running ahead: what matters is that reservations leave them room. On a
-    # small machine data tasks may take all cores but for a token; on larger clusters half of them.
-    room = have.cpus - _TOKEN_CPU if have.cpus <= _SMALL_CPUS else have.cpus / 2
-    return round((have.cpus - max(room, cpus_per_data_task)) / num_workers, 4)
+    # small machine workers reserve nothing, on larger clusters half of the CPUs together.
+    return 0.0 if have.cpus <= _SMALL_CPUS else round(have.cpus / 2 / num_workers, 3)
 
 
 def _object_store_bytes() -> int:

@@ -156,7 +156,7 @@ def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> 
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.num_workers,
             use_gpu=share.device == "cuda",
-            resources_per_worker={"CPU": share.cpus},
+            resources_per_worker=share.resources,
         ),
         run_config=ray.train.RunConfig(
             name="checkpoints",
