@@ -64,8 +64,7 @@ class DemoResult:
     def summary(self) -> dict[str, Any]:
         """Return scores in percent by metric and network, times, and where the report is."""
         scores: dict[str, Any] = {
-            key: self.run.metrics[key]
-            for key in ("segmentation_miou", "knn_top1", "knn_k1_top1")
+            key: self.run.metrics[key] for key in ("segmentation_miou", "knn_top1", "knn_k1_top1")
         }
         report = RunFolder(self.run.path).file("report.html")
         return {**scores, "seconds": self.seconds, "path": self.run.path, "report": report}

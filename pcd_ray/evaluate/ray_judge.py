@@ -28,6 +28,7 @@ from pcd_ray.evaluate.segmentation_data import SegmentationData, open_segmentati
 
 NETWORKS = ("untrained", "student", "teacher")
 _FIGURE_IMAGES = 6
+_FIGURE_SCENES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +152,18 @@ def _draw_predictions(
     networks: dict[str, Backbone],
     probes: dict[str, ProbeResult],
 ) -> None:
-    images, truth = next(data.batches("val", batch_size=4))
+    names = data.names("val")
+    spread = np.linspace(0, len(names) - 1, min(_FIGURE_SCENES, len(names))).astype(int)
+    examples = [data.example(names[place]) for place in spread]
     predictions = {
-        name: probes[name].predict(network, images.to(network.mean.device)).numpy()
+        name: [
+            probes[name].predict(network, torch.from_numpy(image.copy())[None])[0].numpy()
+            for image, _ in examples
+        ]
         for name, network in networks.items()
     }
-    png = segmentation_grid(images.numpy(), truth.numpy(), predictions, data.classes)
+    images, truth = zip(*examples, strict=True)
+    png = segmentation_grid(images, truth, predictions, data.classes)
     storage.write_bytes(RunFolder.of(config).file("figures", "segmentation.png"), png)
 
 
@@ -196,7 +203,7 @@ def _draw_maps(config: Config, networks: dict[str, Backbone], device: torch.devi
 def _figure_images(config: Config) -> np.ndarray[Any, Any]:
     """Return a few packed images, larger than in training: a finer map is easier to read."""
     shards = open_shards(config.data.shards)
-    size = 2 * config.augment.image_size_px
+    size = 3 * config.augment.image_size_px
     rows = np.linspace(0, shards.num_images - 1, _FIGURE_IMAGES).astype(np.int64)
     batches = eval_batches(
         shards.index, rows, size_px=size, batch_size=_FIGURE_IMAGES, data=config.data
