@@ -39,8 +39,13 @@ class Scene:
     """Class of the object with most visible pixels."""
 
 
+def _length(x: Plane, y: Plane) -> Plane:
+    length: Plane = np.hypot(x, y)
+    return length
+
+
 def _disc(x: Plane, y: Plane) -> Plane:
-    return 1 - np.hypot(x, y)
+    return 1 - _length(x, y)
 
 
 def _square(x: Plane, y: Plane) -> Plane:
@@ -52,16 +57,19 @@ def _triangle(x: Plane, y: Plane) -> Plane:
 
 
 def _ring(x: Plane, y: Plane) -> Plane:
-    return 0.32 - np.abs(np.hypot(x, y) - 0.68)
+    return 0.32 - np.abs(_length(x, y) - 0.68)
 
 
 def _cross(x: Plane, y: Plane) -> Plane:
     wide, high = np.abs(x), np.abs(y)
-    return np.maximum(np.minimum(0.36 - wide, 0.95 - high), np.minimum(0.36 - high, 0.95 - wide))
+    bars = np.minimum(0.36 - wide, 0.95 - high), np.minimum(0.36 - high, 0.95 - wide)
+    inside: Plane = np.maximum(*bars)
+    return inside
 
 
 def _star(x: Plane, y: Plane) -> Plane:
-    return 0.62 + 0.33 * np.cos(5 * np.arctan2(y, x)) - np.hypot(x, y)
+    outline: Plane = 0.62 + 0.33 * np.cos(5 * np.arctan2(y, x))
+    return outline - _length(x, y)
 
 
 def _spots(x: Plane, y: Plane) -> Plane:
@@ -77,7 +85,8 @@ def _chequers(x: Plane, y: Plane) -> Plane:
 
 
 def _rings(x: Plane, y: Plane) -> Plane:
-    return 0.5 + 0.5 * np.sin(16 * np.hypot(x, y))
+    share: Plane = 0.5 + 0.5 * np.sin(16 * _length(x, y))
+    return share
 
 
 def _zigzag(x: Plane, y: Plane) -> Plane:
@@ -85,7 +94,8 @@ def _zigzag(x: Plane, y: Plane) -> Plane:
 
 
 def _shade(x: Plane, y: Plane) -> Plane:
-    return np.clip(0.5 + 0.45 * x + 0.2 * y, 0, 1)
+    share: Plane = np.clip(0.5 + 0.45 * x + 0.2 * y, 0, 1)
+    return share
 
 
 _OBJECTS: dict[str, tuple[Callable[[Plane, Plane], Plane], Callable[[Plane, Plane], Plane]]] = {
@@ -173,7 +183,8 @@ def _background(rng: np.random.Generator, x: Plane, y: Plane) -> Plane:
         waves = [rng.uniform(2, 12, 2) for _ in range(4)]
         share = 0.5 + 0.15 * sum(np.sin(a * u + b * v + a) for a, b in waves)
     first, second = rng.uniform(0.1, 0.9, (2, 3))
-    return first + np.clip(share, 0, 1)[..., None] * (second - first)
+    colours: Plane = first + np.clip(share, 0, 1)[..., None] * (second - first)
+    return colours
 
 
 def _paint_object(rng: np.random.Generator, x: Plane, y: Plane, image: Plane, mask: Pixels) -> None:
