@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_IMPORTED_ONCE = ["torch.distributed", "timm", "pcd_ray.train.loop"]  # seconds for every process
+
 
 def run_on_ranks(
     count: int, body: Callable[..., Any], *args: Any, timeout_s: float = 120.0
@@ -32,7 +34,8 @@ def run_on_ranks(
         RuntimeError: a rank failed; carries its traceback.
         TimeoutError: the ranks did not finish.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     with tempfile.TemporaryDirectory() as folder:
         processes, ends = [], []
         for rank in range(count):

@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+import reference
+import torch
+from networks import small_student, small_teacher
+from tiny import images, unit_rows
+from torch import Tensor, nn
+
+from pcd_ray.distill.loss import IMPLEMENTATIONS
+from pcd_ray.distill.pairing import KINDS
+from pcd_ray.distill.step import DistillSettings, ViewBatch, distill_step
+from pcd_ray.distill.teacher import FrozenTeacher
+
+
+def settings(pairing: str = "same_view", **changes: object) -> DistillSettings:
+    values: dict[str, object] = {"temperature": 0.2, "implementation": "plain", "pairing": pairing}
+    return DistillSettings(**(values | {"pairing_radius": 0.7} | changes))  # type: ignore[arg-type]
+
+
+def boxes(seed: int, count: int) -> Tensor:
+    """Crops of a 100 x 80 image that overlap in part, so that some positions have a pair."""
+    share = torch.rand(count, 5, generator=torch.Generator().manual_seed(seed))
+    width, height = 30 + 40 * share[:, 2], 30 + 30 * share[:, 3]
+    left, top = share[:, 0] * (100 - width), share[:, 1] * (80 - height)
+    return torch.stack([left, top, width, height, (share[:, 4] < 0.5).float()], dim=1)
+
+
+def views(count: int = 4, *, shared: bool = False) -> ViewBatch:
+    student = images(10, count, 32)
+    teacher = student if shared else images(11, count, 32)
+    student_box = boxes(12, count)
+    return ViewBatch(student, teacher, student_box, student_box if shared else boxes(13, count))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("pairing", KINDS)
+def test_a_step_equals_the_reference_from_images_to_loss(pairing: str, implementation: str) -> None:
+    student, teacher = small_student(stride=8), small_teacher(stride=4)  # grids 4 x 4 and 8 x 8
+    batch = views(shared=pairing == "same_view")
+    negatives = unit_rows(14, 23, 6)
+    got = distill_step(
+        student, teacher, negatives, batch, settings(pairing, implementation=implementation)
+    )
+
+    student_map = student(batch.student).detach().numpy()
+    features = teacher.backbone(batch.teacher).detach().numpy()
+    teacher_map = reference.shrink(reference.adapt(teacher.adaptor.head, features), (4, 4))
+    s, t = reference.pixels(student_map), reference.pixels(teacher_map)
+    positives, weights = list(t), [1.0] * len(t)
+    if pairing == "cross_view_geometric":
+        for b in range(4):
+            found = reference.pairs(
+                batch.student_box[b].tolist(), batch.teacher_box[b].tolist(), (4, 4), 0.7
+            )
+            for i, position in enumerate(found):
+                weights[16 * b + i] = float(position is not None)
+                positives[16 * b + i] = t[16 * b + (position or 0)]
+        assert 0 < sum(weights) < 64
+    expected = reference.loss(s, positives, list(negatives.numpy()), 0.2, weights)
+    assert got.loss.item() == pytest.approx(expected, rel=1e-10)
+    keys = [reference.unit(teacher_map[b].mean(axis=(1, 2))) for b in range(4)]
+    np.testing.assert_allclose(got.keys.numpy(), np.stack(keys), rtol=1e-9, atol=1e-12)
+
+
+def test_keys_are_the_teachers_published_embeddings() -> None:
+    student, teacher = small_student(stride=8), small_teacher(stride=4)
+    batch = views(shared=True)
+    got = distill_step(student, teacher, unit_rows(14, 23, 6), batch, settings())
+    embedding = teacher.adaptor.head(teacher.backbone(batch.teacher).mean((2, 3)))
+    expected = embedding / embedding.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(got.keys, expected, rtol=1e-10, atol=1e-12)
+
+
+class Imitator(nn.Module):
+    """A student that gives its teacher's map."""
+
+    def __init__(self, teacher: FrozenTeacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.teacher(x)
+
+
+def test_a_student_that_is_its_teacher_stands_at_the_floor() -> None:
+    teacher, negatives = small_teacher(), unit_rows(14, 23, 6)
+    got = distill_step(Imitator(teacher), teacher, negatives, views(shared=True), settings())
+    t = got.teacher.flatten(0, 1)
+    # the positive's cosine is 1: softplus of the queue's log-sum-exp minus 1 / tau
+    floor = (1 + (t @ negatives.T / 0.2).exp().sum(1) / np.exp(1 / 0.2)).log().mean()
+    torch.testing.assert_close(got.loss, floor)
+
+
+def test_other_colours_of_the_teachers_view_reach_the_teacher_alone() -> None:
+    student, teacher, negatives = small_student(), small_teacher(), unit_rows(14, 23, 6)
+    one = views(shared=True)
+    other = ViewBatch(one.student, 255 - one.student, one.student_box, one.student_box)
+    a, b = (distill_step(student, teacher, negatives, batch, settings()) for batch in (one, other))
+    assert torch.equal(a.student, b.student)
+    assert not torch.allclose(a.keys, b.keys)
+
+
+def test_only_the_student_gets_a_gradient() -> None:
+    student, teacher, negatives = small_student(), small_teacher(), unit_rows(14, 23, 6)
+    got = distill_step(student, teacher, negatives, views(), settings())
+    got.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in student.head.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not any(rows.requires_grad for rows in (got.keys, got.student, got.teacher))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_have_the_gradient_of_the_whole_batch(
+    parts: int, implementation: str
+) -> None:
+    teacher, negatives = small_teacher(), unit_rows(14, 23, 6)
+    how = settings("cross_view_index", implementation=implementation)
+    whole, split = small_student(), small_student()
+    distill_step(whole, teacher, negatives, views(), how).loss.backward()
+    results = [distill_step(split, teacher, negatives, part, how) for part in views().split(parts)]
+    for result in results:
+        (result.loss / parts).backward()
+    for p, q in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
+    keys = distill_step(whole, teacher, negatives, views(), how).keys
+    torch.testing.assert_close(torch.cat([result.keys for result in results]), keys)
+
+
+def test_split_cuts_every_part_of_a_batch_in_order() -> None:
+    batch = views(6)
+    parts = batch.split(3)
+    assert [len(part.student) for part in parts] == [2, 2, 2]
+    for name in ("student", "teacher", "student_box", "teacher_box"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(batch, name))
+    assert batch.split(1) == [batch]
+    assert all(part.teacher is part.student for part in views(6, shared=True).split(3))
+
+
+def test_under_autocast_loss_and_keys_are_float32_and_close_to_it() -> None:
+    student, teacher = small_student().float(), small_teacher().float()
+    negatives, batch = unit_rows(14, 23, 6, torch.float32), views(shared=True)
+    exact = distill_step(student, teacher, negatives, batch, settings())
+    got = distill_step(student, teacher, negatives, batch, settings(autocast=torch.bfloat16))
+    for rows in (got.loss, got.keys, got.student, got.teacher):
+        assert rows.dtype == torch.float32
+    assert not torch.equal(got.student, exact.student)  # it did compute in bfloat16
+    # unit vectors to float32's rounding, not to bfloat16's 4e-3
+    torch.testing.assert_close(got.keys.norm(dim=1), torch.ones(4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.student.norm(dim=2), torch.ones(4, 16), rtol=0, atol=1e-6)
+    assert (got.keys * exact.keys).sum(dim=1).min() > 0.999
+    assert got.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
+    got.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in student.head.parameters())
+
+
+def test_crops_that_share_nothing_teach_nothing() -> None:
+    student, teacher, negatives = small_student(), small_teacher(), unit_rows(14, 23, 6)
+    far = torch.tensor([[500.0, 500, 30, 30, 0]]).expand(4, 5)
+    one = views()
+    batch = ViewBatch(one.student, one.teacher, one.student_box, far)
+    got = distill_step(student, teacher, negatives, batch, settings("cross_view_geometric"))
+    got.loss.backward()
+    assert got.loss == 0
+    assert not any(p.grad.any() for p in student.parameters())

@@ -1,0 +1,192 @@
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from pcd_ray.checkpoint import (
+    RunFolder,
+    checkpoint_name,
+    checkpoint_steps,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    to_host,
+)
+from pcd_ray.config import Config, config_from_values
+from pcd_ray.distill.feature_queue import FeatureQueue
+from pcd_ray.errors import CheckpointError
+
+CONFIG = config_from_values({"run": {"name": "kept", "seed": 7}, "loss": {"temperature": 0.1}})
+
+
+def state(step: int = 3) -> dict[str, Any]:
+    """A student, an optimiser that has stepped, a queue: what a run stores."""
+    torch.manual_seed(step)
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    student(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    queue = FeatureQueue(6, 4, seed=step, device=torch.device("cpu"))
+    return {
+        "student": student.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "queue": queue.state_dict(),
+        "step": step,
+        "audit": [],
+    }
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{name}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return flat(dict(enumerate(value)), name)
+    return {name: value}
+
+
+def assert_same(left: Any, right: Any) -> None:
+    one, other = flat(left), flat(right)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other[key].dtype, key
+            assert torch.equal(value, other[key]), key
+        else:
+            assert value == other[key], key
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(str(tmp_path / "run"))
+
+
+def save(folder: RunFolder, step: int) -> Path:
+    uri = folder.file("checkpoints", checkpoint_name(step))
+    save_checkpoint(uri, state(step), {"step": step, "teacher": {"licence": "MIT"}}, CONFIG)
+    return Path(uri)
+
+
+def step_of(folder: RunFolder) -> int | None:
+    found = latest_checkpoint(folder)
+    return None if found is None else int(found.about["step"])
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(folder: RunFolder) -> None:
+    uri = save(folder, 3)
+    loaded = load_checkpoint(str(uri))
+    assert_same(loaded.state, state(3))
+    assert loaded.config == CONFIG
+    assert loaded.about["teacher"] == {"licence": "MIT"}
+    assert sorted(p.name for p in uri.iterdir()) == ["checkpoint.json", "config.yaml", "state.pt"]
+
+
+def test_steps_are_listed_as_numbers_and_the_newest_is_found(folder: RunFolder) -> None:
+    assert checkpoint_steps(folder) == []
+    assert latest_checkpoint(folder) is None
+    for step in (20, 100_000_000, 3):  # one more digit than names are filled to
+        save(folder, step)
+    for other in ("notes", "step_final", "step_00000020_copy"):
+        (Path(folder.checkpoints) / other).mkdir()
+        (Path(folder.checkpoints) / other / "checkpoint.json").write_text("{}")
+    assert checkpoint_steps(folder) == [3, 20, 100_000_000]
+    assert step_of(folder) == 100_000_000
+
+
+@pytest.mark.parametrize("name", ["state.pt", "config.yaml", "checkpoint.json"])
+def test_a_checkpoint_with_a_missing_file_is_refused_and_passed_over(
+    folder: RunFolder, name: str
+) -> None:
+    save(folder, 1)
+    newest = save(folder, 2)
+    (newest / name).unlink()
+    with pytest.raises(CheckpointError, match=r"missing|no complete checkpoint"):
+        load_checkpoint(str(newest))
+    assert step_of(folder) == 1
+
+
+@pytest.mark.parametrize("name", ["state.pt", "config.yaml", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "changed"])
+def test_a_damaged_checkpoint_is_refused_and_passed_over(
+    folder: RunFolder, name: str, damage: str
+) -> None:
+    save(folder, 1)
+    newest = save(folder, 2)
+    data = (newest / name).read_bytes()
+    middle = len(data) // 2
+    damaged = {
+        "truncated": data[: middle // 8],
+        "empty": b"",
+        "changed": data[:middle] + b"\xff\x00{" + data[middle + 3 :],
+    }[damage]
+    (newest / name).write_bytes(damaged)
+    if (name, damage) == ("config.yaml", "truncated"):
+        (newest / name).write_text("run: [unclosed")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(str(newest))
+    assert step_of(folder) == 1
+
+
+def test_a_state_that_was_tampered_with_is_refused(folder: RunFolder) -> None:
+    uri = save(folder, 1)
+    changed = state(1)
+    changed["student"]["0.bias"][0] += 1e-6
+    torch.save(changed, uri / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state.pt is damaged \(its hash differs\)"):
+        load_checkpoint(str(uri))
+
+
+@pytest.mark.parametrize("change", ["format", "option"])
+def test_a_checkpoint_of_another_version_stops_the_run_instead_of_starting_it_anew(
+    folder: RunFolder, change: str
+) -> None:
+    save(folder, 1)
+    newest = save(folder, 2)
+    if change == "format":
+        about = json.loads((newest / "checkpoint.json").read_text())
+        (newest / "checkpoint.json").write_text(json.dumps(about | {"format": 99}))
+    else:
+        values = yaml.safe_load((newest / "config.yaml").read_text())
+        values["loss"]["margin"] = 0.1
+        (newest / "config.yaml").write_text(yaml.safe_dump(values))
+    for read in (lambda: load_checkpoint(str(newest)), lambda: latest_checkpoint(folder)):
+        with pytest.raises(CheckpointError, match="version"):
+            read()
+
+
+def test_an_interrupted_write_over_an_old_step_does_not_count(folder: RunFolder) -> None:
+    save(folder, 1)
+    uri = save(folder, 2)
+    torch.save(state(5), uri / "state.pt")  # the new state is there, its mark still the old one
+    assert step_of(folder) == 1
+
+
+def test_a_checkpoint_is_found_by_its_own_folder_or_its_runs(folder: RunFolder) -> None:
+    first, _ = save(folder, 1), save(folder, 2)
+    assert find_checkpoint(str(first)).about["step"] == 1
+    assert find_checkpoint(folder.uri).about["step"] == 2
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint; give a run's folder"):
+        find_checkpoint(str(Path(folder.uri).parent))
+
+
+def test_a_run_lives_under_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config: Config = config_from_values({"run": {"root": "runs", "name": "a"}})
+    assert RunFolder.of(config).uri == str(tmp_path / "runs" / "a")
+    remote = config_from_values({"run": {"root": "s3://bucket/runs", "name": "a"}})
+    assert RunFolder.of(remote).checkpoints == "s3://bucket/runs/a/checkpoints"
+
+
+def test_to_host_copies_every_tensor_and_keeps_all_else() -> None:
+    one, two = torch.zeros(2), torch.zeros(1, requires_grad=True)
+    copied = to_host(OrderedDict(a=one, b=[3, ("x", two)], c=None))
+    with torch.no_grad():
+        one += 1
+        two += 1
+    assert_same(copied, {"a": torch.zeros(2), "b": [3, ("x", torch.zeros(1))], "c": None})
+    assert not copied["b"][1][1].requires_grad
