@@ -130,7 +130,7 @@ def tensors_sha256(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        flat = value.detach().cpu().contiguous().flatten()  # a count has no dimension to view
+        flat = value.detach().cpu().flatten()  # a count has no dimension to view
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 

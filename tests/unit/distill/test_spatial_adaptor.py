@@ -184,6 +184,16 @@ def test_under_autocast_a_gate_differs_only_where_the_rounding_of_the_map_decide
     assert (open_gates != (exact != 0).flatten(2).any(dim=2)).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "silu"])
+def test_the_gate_of_a_bfloat16_map_is_rounded_once_alone(act: str) -> None:
+    means = torch.linspace(-3.5, 3.5, 57).bfloat16()
+    got = SpatialAdaptor(nn.Sequential(ACTIVATIONS[act]), rule="gate")(means.view(57, 1, 1, 1))
+    assert got.dtype == torch.bfloat16
+    expected = ACTIVATIONS[act](means.double())
+    # two roundings of 8 bits; a gate computed in bfloat16 loses all of them below -3
+    torch.testing.assert_close(got.double().view(57), expected, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("rule", ["gate", "tangent"])
 def test_under_autocast_the_law_holds_to_the_bits_of_bfloat16(rule: str) -> None:
     head = mlp(15, [64, 256, 32], "gelu", "batch").float()

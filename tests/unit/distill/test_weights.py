@@ -316,6 +316,12 @@ def test_the_hash_sees_every_weight_statistic_and_count() -> None:
     assert len(hashes) == 1 + len(module.state_dict())
 
 
+def test_the_hash_sees_the_names() -> None:
+    layer = nn.Linear(3, 4)
+    one, other = (nn.ModuleDict({name: layer}) for name in ("head", "neck"))
+    assert tensors_sha256(one) != tensors_sha256(other)
+
+
 def test_the_hash_does_not_depend_on_the_layout_in_memory() -> None:
     module = nn.Conv2d(3, 4, 3)
     before = tensors_sha256(module)
