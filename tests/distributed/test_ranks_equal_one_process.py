@@ -6,18 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import small_student, small_teacher
 from ranks import run_on_ranks
 from tiny import images, tiny_config, unit_rows
-from torch import Tensor, nn
 
-from pcd_ray.distill.backbones import Backbone
 from pcd_ray.distill.build import build_student
 from pcd_ray.distill.feature_queue import FeatureQueue
-from pcd_ray.distill.heads import MlpShape, mirrored_head
-from pcd_ray.distill.mhsa import MhsaNeck
+from pcd_ray.distill.heads import MlpShape
 from pcd_ray.distill.step import DistillSettings, ViewBatch
-from pcd_ray.distill.student import Student
-from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, wrap_student
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
 
@@ -25,27 +21,8 @@ CPU = torch.device("cpu")
 GLOBAL_BATCH, STEPS, WIDTH = 8, 6, 6
 
 
-class SmallBody(nn.Module):
-    """Convolutions without BatchNorm: images of a batch do not see one another."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.second = nn.Conv2d(8, channels, 4, stride=4)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).relu())
-
-
-def small_backbone(seed: int) -> Backbone:
-    torch.manual_seed(seed)
-    return Backbone(SmallBody(8), mean=(0.5,) * 3, std=(0.25,) * 3, name="small")
-
-
 def new_state(optimizer: str) -> TrainState:
-    backbone = small_backbone(1)
-    head = mirrored_head(8, [MlpShape((WIDTH,))])
-    student = Student(backbone, MhsaNeck(8, depth=1, heads=2), head).double()
+    student = small_student(width=WIDTH)
     wrapped = wrap_student(student, device=CPU, compiled=False)
     queue = FeatureQueue(21, WIDTH, seed=0, device=CPU)
     queue.negatives = unit_rows(0, 21, WIDTH)
@@ -56,12 +33,6 @@ def new_state(optimizer: str) -> TrainState:
     )
     set_learning_rate(built, 0.5)
     return TrainState(wrapped, built, queue)
-
-
-def small_teacher() -> FrozenTeacher:
-    backbone = small_backbone(2)
-    head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, WIDTH))
-    return FrozenTeacher(backbone, head, rule="gate").double()
 
 
 def own_views(step: int) -> ViewBatch:
@@ -76,7 +47,7 @@ def own_views(step: int) -> ViewBatch:
 
 
 def trained(optimizer: str, implementation: str, accumulation_steps: int) -> dict[str, Any]:
-    state, teacher = new_state(optimizer), small_teacher()
+    state, teacher = new_state(optimizer), small_teacher(width=WIDTH)
     start = unwrapped(state.student).head[0].weight.detach().clone()
     loop = LoopSettings(
         schedule=Schedule(0.5, 0, STEPS, 0.0), images_per_epoch=100, log_every_steps=1, seed=0,
