@@ -1,7 +1,8 @@
 """Ray Data executions as we want them: in order, quiet, within limits, with readable errors."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from pcd_ray.errors import PcdError, ShardError
 
 Batch = dict[str, np.ndarray[Any, Any]]
 
-_CHUNKS_PER_BLOCK = 4096  # chunk numbers that travel together until they are dealt to tasks
+SEGMENT_CHUNKS = 1024
+"""Chunks of one execution: it costs 1 to 2 ms for each before its first block comes out."""
+OVERLAP_CHUNKS = 256
+"""Chunks before the end of an execution at which the next one starts."""
 _ERROR = "error"
-_STORE_SHARE = 0.5  # of the object store: what all streams together may fill
+_STORE_SHARE = 0.4  # of the object store: what all streams together may fill
 
 
 def stream_chunks(
@@ -28,8 +32,8 @@ def stream_chunks(
 ) -> Iterator[Batch]:
     """Call ``make({"id": [number]})`` for chunk numbers 0, 1, ... in a task each; yield in order.
 
-    Numbers start in blocks of many and are dealt out on the way: a block each from the start
-    would cost milliseconds per chunk of the whole run before its first batch.
+    A long run is cut into executions of `SEGMENT_CHUNKS`; each starts while the one before it makes
+    its last chunks. Closing the generator ends all tasks.
 
     Args:
         make: turns a chunk number into a batch of any length.
@@ -41,20 +45,76 @@ def stream_chunks(
     Raises:
         ShardError: ``make`` raised it, or another error of ours.
     """
-    if chunks == 0:
-        return
-    with ray.data.DataContext.current(_quiet_context(cpu_limit, num_streams)):
-        dataset = (
-            ray.data.range(chunks, override_num_blocks=-(-chunks // _CHUNKS_PER_BLOCK))
-            .repartition(target_num_rows_per_block=1)
-            .map_batches(_guarded(make), batch_size=1, num_cpus=data.cpus_per_task)
+    context = _quiet_context(cpu_limit, num_streams)
+
+    def segment(first: int) -> _Segment:
+        stop = min(first + SEGMENT_CHUNKS, chunks)
+        return _Segment(_execution(make, first, stop, data=data, context=context))
+
+    alive = [segment(0)]
+    with ThreadPoolExecutor(1) as starter:
+        try:
+            for first in range(0, chunks, SEGMENT_CHUNKS):
+                following = first + SEGMENT_CHUNKS
+                for number, block in enumerate(alive[0]):
+                    if number == SEGMENT_CHUNKS - OVERLAP_CHUNKS and following < chunks:
+                        alive.append(segment(following))
+                        alive[1].begin(starter)
+                    if _ERROR in block:
+                        raise ShardError(str(block[_ERROR][0]))
+                    yield block
+                alive.pop(0)
+        finally:
+            for execution in alive:
+                execution.close()
+
+
+class _Segment:
+    """One execution, which may begin before its first block is asked for."""
+
+    def __init__(self, blocks: Generator[Batch]) -> None:
+        self._blocks = blocks
+        self._first: Future[Batch] | None = None
+
+    def begin(self, starter: ThreadPoolExecutor) -> None:
+        self._first = starter.submit(next, self._blocks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._first is not None:
+            yield self._first.result()
+        yield from self._blocks
+
+    def close(self) -> None:
+        """End the execution and its tasks now, not when the garbage collector comes by."""
+        if self._first is not None:
+            wait([self._first])
+        self._blocks.close()
+
+
+def _execution(
+    make: Callable[[Batch], Batch],
+    first: int,
+    stop: int,
+    *,
+    data: DataConfig,
+    context: ray.data.DataContext,
+) -> Generator[Batch]:
+    """Yield what ``make`` returns for chunks [first, stop), in order."""
+
+    def guarded(numbers: Batch) -> Batch:
+        try:
+            return make({"id": numbers["id"] + first})
+        except PcdError as error:  # travels as data: Ray would bury its text in stack traces
+            return {_ERROR: np.array([str(error)])}
+
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.range(stop - first, override_num_blocks=stop - first).map_batches(
+            guarded,
+            batch_size=None,  # a whole block of one number; any size given would forbid fusion
+            num_cpus=data.cpus_per_task,
         )
-    for block in dataset.iter_batches(
-        batch_size=None, prefetch_batches=max(1, data.prefetch_batches)
-    ):
-        if _ERROR in block:
-            raise ShardError(str(block[_ERROR][0]))
-        yield block
+    prefetch = max(1, data.prefetch_batches)
+    yield from dataset.iter_batches(batch_size=None, prefetch_batches=prefetch)
 
 
 def _quiet_context(cpu_limit: float | None, num_streams: int) -> ray.data.DataContext:
@@ -72,15 +132,3 @@ def _quiet_context(cpu_limit: float | None, num_streams: int) -> ray.data.DataCo
         cpu=cpu_limit, object_store_memory=store or None
     )
     return context
-
-
-def _guarded(make: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
-    """Let errors that we explain travel as data: Ray would bury their text in stack traces."""
-
-    def guarded(chunk: Batch) -> Batch:
-        try:
-            return make(chunk)
-        except PcdError as error:
-            return {_ERROR: np.array([str(error)])}
-
-    return guarded

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pcd_ray.config import AugmentConfig, DataConfig, SourceConfig
+from pcd_ray.data import ray_stream
 from pcd_ray.data.augment import ViewRecipe, eval_view, make_views
 from pcd_ray.data.plan import EpochPlan, SeenAudit
 from pcd_ray.data.ray_pack import PackResult, pack
@@ -227,6 +228,14 @@ def test_the_size_of_tasks_does_not_matter(
 ) -> None:
     batches = _steps(shards, steps=(0, 2), images_per_task=images_per_task)
     assert _equal(batches, nine_steps[:2])
+
+
+def test_a_long_run_of_several_executions_is_one_stream(
+    shards: Shards, nine_steps: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_stream, "SEGMENT_CHUNKS", 5)  # 16 chunks of 7 images: 5, 5, 5, 1
+    monkeypatch.setattr(ray_stream, "OVERLAP_CHUNKS", 2)
+    assert _equal(_steps(shards, steps=(0, 9)), nine_steps)
 
 
 def test_another_epoch_has_other_views_of_the_same_images(nine_steps: list[Batch]) -> None:
