@@ -12,6 +12,10 @@ import ray
 from pcd_ray.errors import ClusterError
 
 _OBJECT_STORE_SHARE = 0.2  # of this machine's memory, when we start Ray ourselves
+PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment of every process that computes on CPUs. Torch's threads otherwise spin while they
+wait for each other, which costs several times the work itself as soon as cores are shared with
+data tasks; read once, when torch is loaded."""
 _SMALL_CPUS = 4  # up to this many, workers reserve none of them
 
 

@@ -25,6 +25,7 @@ from pcd_ray.evaluate.figures import pca_maps, segmentation_grid, views_grid
 from pcd_ray.evaluate.ray_knn import knn_scores, open_knn_images
 from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.segmentation_data import SegmentationData, open_segmentation
+from pcd_ray.ray_cluster import PASSIVE_THREADS
 
 NETWORKS = ("untrained", "student", "teacher")
 _FIGURE_IMAGES = 6
@@ -53,7 +54,11 @@ def judge(config: Config, *, device: str, cpus: float) -> Judgement:
         CheckpointError: the run has no checkpoint.
         ShardError: an evaluation set is not what it should be.
     """
-    task = ray.remote(num_cpus=cpus, num_gpus=1 if device == "cuda" else 0)(_judge)
+    task = ray.remote(
+        num_cpus=cpus,
+        num_gpus=1 if device == "cuda" else 0,
+        runtime_env={"env_vars": PASSIVE_THREADS},
+    )(_judge)
     try:
         result: Judgement = ray.get(task.remote(config, device))
     except ray.exceptions.RayTaskError as error:

@@ -27,7 +27,7 @@ from pcd_ray.errors import CheckpointError, PcdError, TrainingError
 from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
-from pcd_ray.ray_cluster import WorkerShare, connect, share_for_workers
+from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare, connect, share_for_workers
 from pcd_ray.train.ray_events import EventReceiver
 from pcd_ray.train.ray_worker import FAILURE_FILE, TEACHER_HEAD_FILE, train_worker
 from pcd_ray.train.run_log import RunLog
@@ -161,6 +161,7 @@ def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> 
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=folder.uri,
+            worker_runtime_env={"env_vars": PASSIVE_THREADS},
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
         ),
