@@ -32,6 +32,9 @@ HostBatch = Mapping[str, np.ndarray[Any, Any]]
 """Views on the host: ``student_view`` (B, S, S, 3) uint8 and so on, as the data path ships them."""
 
 
+_CALMER = "Lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.clip_grad_norm"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopSettings:
     """What the loop needs to know besides the method's own settings."""
@@ -63,12 +66,18 @@ class TrainState:
 
         BatchNorm statistics are averaged over ranks first. They are running means, so averaging
         them now or later gives the same: checkpoints do not change a run.
+
+        Raises:
+            TrainingError: the student holds a number that is not finite; nobody could go on from
+                such a checkpoint.
         """
         student = unwrapped(self.student)
         average_batchnorm(student)
+        values = student.state_dict()
+        _check_finite(values, self.step)
         self.audit = _merged_audit(self.audit)
         return {
-            "student": student.state_dict(),
+            "student": values,
             "optimizer": self.optimizer.state_dict(),
             "queue": self.queue.state_dict(),
             "step": self.step,
@@ -153,11 +162,11 @@ def train_step(
     results: list[StepResult] = []
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        result = distill_step(state.student, teacher, state.queue.negatives, part, distill)
-        results.append(result)
-        # gradients are averaged over ranks with the last part; the verdict travels meanwhile
-        verdict = _FiniteVerdict(results) if last else None
+        # gradients are averaged over ranks with the last part, as its forward pass announces
         with _no_sync(state.student, not last):
+            result = distill_step(state.student, teacher, state.queue.negatives, part, distill)
+            results.append(result)
+            verdict = _FiniteVerdict(results) if last else None  # travels meanwhile
             (result.loss / len(parts)).backward()
     assert verdict is not None
     verdict.check(state.step, state.optimizer.param_groups[0]["lr"])
@@ -195,7 +204,7 @@ def wrap_student(student: Student, *, device: torch.device, compiled: bool) -> n
     return DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # statistics are averaged when they are needed, not every step
+        forward_sync_buffers=False,  # statistics are averaged when they are needed, not every step
         gradient_as_bucket_view=True,
     )
 
@@ -213,7 +222,9 @@ def average_batchnorm(student: nn.Module) -> None:
     """Replace BatchNorm statistics by their mean over ranks; a collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    buffers = [b for b in student.buffers() if b.is_floating_point()]
+    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    # of the norms alone: a mean over three ranks moves constants in their last bit
+    buffers = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
@@ -309,9 +320,17 @@ class _FiniteVerdict:
         if not bool(self._finite):
             raise TrainingError(
                 f"the loss is not finite at step {step} with learning rate {learning_rate:.4g}; "
-                "the step was not taken. Lower optim.base_lr, lengthen optim.warmup_epochs, or "
-                "set optim.clip_grad_norm"
+                f"the step was not taken. {_CALMER}"
             )
+
+
+def _check_finite(values: Mapping[str, Tensor], step: int) -> None:
+    finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
+    if not bool(finite.all()):
+        first = next(name for name, ok in zip(values, finite.tolist(), strict=True) if not ok)
+        raise TrainingError(
+            f"the student's {first} is not finite after step {step}; it was not stored. {_CALMER}"
+        )
 
 
 def _no_sync(student: nn.Module, active: bool) -> Any:

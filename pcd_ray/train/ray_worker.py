@@ -142,7 +142,9 @@ class _Run:
         ended = done.epoch_ended + 1
         every = self.config.eval.every_epochs
         if self.knn_images is not None and every and ended % every == 0:
-            self._last_knn = self._knn(unwrapped(self.state.student).backbone)
+            student = unwrapped(self.state.student)
+            average_batchnorm(student)
+            self._last_knn = self._knn(student.backbone)
             self.events.metrics(done.step, epoch, self._last_knn)
         self._checkpoint(done.metrics)
         verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
@@ -268,7 +270,6 @@ class _Run:
     def _knn(self, network: nn.Module) -> dict[str, float]:
         assert isinstance(self.knn_images, KnnImages)
         was_training = network.training
-        average_batchnorm(network)
         scores = knn_scores(
             network.eval(),
             self.knn_images,
