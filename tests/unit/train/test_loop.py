@@ -1,0 +1,273 @@
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from loop_parts import (
+    DISTILL,
+    QUEUE,
+    host_batches,
+    loop_settings,
+    new_state,
+    plan_of,
+    small_teacher,
+    steps_of,
+)
+from torch import Tensor, nn
+
+from pcd_ray.checkpoint import load_checkpoint, save_checkpoint, to_host
+from pcd_ray.config import Config
+from pcd_ray.data.plan import SeenAudit
+from pcd_ray.distill.diagnostics import diagnose
+from pcd_ray.distill.step import distill_step
+from pcd_ray.errors import TrainingError
+from pcd_ray.train import metrics as names
+from pcd_ray.train.loop import TrainState, train_steps, unwrapped, views_of
+from pcd_ray.train.optim import Schedule
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute small things on one thread, and in one order of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_all(state: TrainState, stop: int, **changes: Any) -> TrainState:
+    for _ in steps_of(state, loop_settings(steps=stop, **changes), stop=stop):
+        pass
+    return state
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def different(one: TrainState, other: TrainState) -> list[str]:
+    """Return the names of all that differs in a single bit."""
+    left, right = flat(one.state_dict()), flat(other.state_dict())
+    assert left.keys() == right.keys()
+    return [
+        name
+        for name, value in left.items()
+        if not (
+            torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+        )
+    ]
+
+
+def test_two_parts_of_a_batch_train_as_the_whole() -> None:
+    whole = run_all(new_state(dtype=torch.float64), 6)
+    parts = run_all(new_state(dtype=torch.float64), 6, accumulation_steps=2)
+    fresh = new_state(dtype=torch.float64)
+    for name, value in whole.student.state_dict().items():
+        # float64: sums in another order, six steps
+        torch.testing.assert_close(parts.student.state_dict()[name], value, rtol=1e-10, atol=1e-13)
+    assert not torch.equal(whole.student.head[0].weight, fresh.student.head[0].weight)
+    torch.testing.assert_close(parts.queue.negatives, whole.queue.negatives)
+    assert parts.queue.num_pushed == whole.queue.num_pushed == 48
+    assert parts.audit.state() == whole.audit.state()
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_going_on_from_a_checkpoint_is_never_having_stopped(
+    optimizer: str, stop: int, tmp_path: Path
+) -> None:
+    parts = {"batchnorm": True, "dropout": 0.3, "optimizer": optimizer}
+    straight = run_all(new_state(**parts), 8)
+    settings = loop_settings(steps=8)
+    first = new_state(**parts)
+    for _ in steps_of(first, settings, stop=stop):
+        torch.rand(7)  # what happens between steps draws as it likes
+    save_checkpoint(str(tmp_path), to_host(first.state_dict()), {"step": stop}, Config())
+    second = new_state(**parts)
+    second.load_state_dict(load_checkpoint(str(tmp_path)).state)
+    assert second.step == stop
+    torch.manual_seed(99)
+    for _ in steps_of(second, settings, stop=8):
+        pass
+    assert different(second, straight) == []
+
+
+def test_each_step_and_each_seed_draws_its_own_random_numbers() -> None:
+    draws: list[Tensor] = []
+    for seed in (3, 4):
+        state = new_state()
+        state.student.register_forward_hook(lambda _m, _i, _o: draws.append(torch.rand(9)))
+        for _ in steps_of(state, loop_settings(steps=3, seed=seed), stop=3):
+            pass
+    assert len({tuple(draw.tolist()) for draw in draws}) == 6
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(parts: int) -> None:
+    settings = loop_settings(steps=6, accumulation_steps=parts)
+    state, expected = new_state(), run_all(new_state(), 0)
+    steps = steps_of(state, settings, stop=6)
+    next(steps)
+    next(steps)
+    for _ in steps_of(expected, settings, stop=2):
+        pass
+    unwrapped(state.student).head.register_forward_hook(lambda _m, _i, output: output / 0)
+    rate = settings.schedule.learning_rate(2)
+    with pytest.raises(TrainingError, match=rf"step 2 with learning rate {rate:.4g}; .*base_lr"):
+        next(steps)
+    assert state.step == 2
+    changed = set(different(state, expected))
+    assert {name for name in changed if not name.endswith("/lr")} == set()
+
+
+def test_weights_that_are_not_finite_are_not_stored() -> None:
+    state = run_all(new_state(), 2)
+    with torch.no_grad():
+        unwrapped(state.student).head[0].weight[1, 2] = math.inf
+    with pytest.raises(
+        TrainingError, match=r"head\.0\.weight is not finite after step 2; .*stored"
+    ):
+        state.state_dict()
+
+
+def test_each_step_takes_its_own_learning_rate() -> None:
+    schedule = Schedule(0.5, 2.5, 9, 0.1)
+    state = new_state()
+    rates = []
+    for done in steps_of(state, loop_settings(steps=9, schedule=schedule), stop=9):
+        assert done.metrics is not None
+        rates.append({done.metrics[names.LEARNING_RATE], state.optimizer.param_groups[1]["lr"]})
+    assert rates == [{schedule.learning_rate(step)} for step in range(9)]
+
+
+def test_a_step_follows_the_gradient_at_its_rate() -> None:
+    settings = loop_settings(steps=3)
+    state = new_state(optimizer="sgd", dtype=torch.float64)
+    before = [p.detach().clone() for p in state.student.parameters()]
+    for step, _ in enumerate(steps_of(state, settings, stop=3)):
+        rate = settings.schedule.learning_rate(step)
+        after = [p.detach().clone() for p in state.student.parameters()]
+        for p, old, new in zip(state.student.parameters(), before, after, strict=True):
+            torch.testing.assert_close(new, old - rate * p.grad, rtol=0, atol=1e-15)
+        before = after
+
+
+def test_the_audit_holds_what_was_read() -> None:
+    settings = loop_settings(steps=6)  # 48 images: two epochs of 20 and 8 more
+    state = run_all(new_state(), 6)
+    plan = plan_of(settings)
+    assert [state.audit.verdict(plan, epoch) for epoch in (0, 1)] == [None, None]
+    expected = SeenAudit()
+    expected.add(*plan.rows(0, 48))
+    assert state.audit.state() == expected.state()
+    assert [count for _, count, _ in state.audit.state()] == [20, 20, 8]
+
+
+def test_metrics_come_at_logging_steps_alone_under_their_public_names() -> None:
+    settings = loop_settings(steps=8, log_every_steps=3)
+    found = {done.step: done.metrics for done in steps_of(new_state(), settings, stop=8)}
+    assert [step for step, metrics in found.items() if metrics is not None] == [3, 6]
+    public = {value for name, value in vars(names).items() if name.isupper() and name[0] != "_"}
+    assert set(found[3] or {}) == public - {names.KNN_TOP1, names.KNN1_TOP1}
+    assert all(math.isfinite(value) for value in (found[6] or {}).values())
+
+
+@pytest.mark.parametrize(("size", "batch"), [(20, 8), (10, 4), (8, 8), (12, 5), (5, 7), (40, 4)])
+def test_an_epoch_ends_with_the_step_that_reads_its_last_image(size: int, batch: int) -> None:
+    settings = loop_settings(
+        steps=10, images_per_epoch=size, global_batch_size=batch, log_every_steps=100
+    )
+    for done in steps_of(new_state(), settings, stop=10):
+        read = range((done.step - 1) * batch, done.step * batch)
+        last_images = [position // size for position in read if position % size == size - 1]
+        assert done.epoch_ended == (last_images[-1] if last_images else None)
+
+
+def moved(state: TrainState, **changes: Any) -> tuple[float, float]:
+    """Return how far one step moves all weights together, and the norm that it logs."""
+    start = torch.cat([p.detach().flatten() for p in state.student.parameters()])
+    settings = loop_settings(steps=1, schedule=Schedule(1.0, 0.0, 1, 1.0), **changes)
+    (done,) = steps_of(state, settings, stop=1)
+    end = torch.cat([p.detach().flatten() for p in state.student.parameters()])
+    assert done.metrics is not None
+    return (end - start).norm().item(), done.metrics[names.GRAD_NORM]
+
+
+def test_clipping_shortens_long_gradients_and_leaves_short_ones() -> None:
+    free, norm = moved(new_state(optimizer="sgd", dtype=torch.float64))
+    assert free == pytest.approx(norm, rel=1e-6)  # logged as float32
+    for limit, expected in [(norm / 2, norm / 2), (norm * 2, norm)]:
+        state = new_state(optimizer="sgd", dtype=torch.float64)
+        clipped, logged = moved(state, clip_grad_norm=limit)
+        assert clipped == pytest.approx(expected, rel=1e-5)  # torch divides by norm + 1e-6
+        assert logged == norm  # what was clipped, not what is left
+
+
+def test_what_is_logged_is_what_direct_computation_gives() -> None:
+    settings = loop_settings(steps=4, log_every_steps=2)
+    state, twin = new_state(), new_state()
+    *_, last = steps_of(state, settings, stop=4)
+    losses = []
+    for step, host in enumerate(host_batches(settings, 0, 4)):
+        twin.optimizer.zero_grad()
+        result = distill_step(
+            twin.student, small_teacher(), twin.queue.negatives, views_of(host, CPU), DISTILL
+        )
+        losses.append(result.loss.item())
+        if step == 3:
+            expected = diagnose(result, twin.queue.negatives, DISTILL)
+            result.loss.backward()
+            gradients = [p.grad.norm() for p in twin.student.parameters() if p.grad is not None]
+        else:
+            next(train_steps(twin, small_teacher(), [host], DISTILL, settings))
+    assert last.metrics is not None
+    logged = {name: last.metrics.pop(f"train/{name}") for name in expected}
+    assert logged == pytest.approx({name: value.item() for name, value in expected.items()})
+    assert last.metrics[names.LOSS] == pytest.approx(np.mean(losses[2:]))  # since the last line
+    assert last.metrics[names.GRAD_NORM] == pytest.approx(torch.stack(gradients).norm().item())
+    assert last.metrics[names.QUEUE_FILL] == 100  # 32 keys of 21
+    assert last.metrics[names.PEAK_GIB] > 0
+
+
+def test_a_queue_that_is_not_full_yet_says_so() -> None:
+    fills = [
+        done.metrics[names.QUEUE_FILL]
+        for done in steps_of(new_state(), loop_settings(steps=3), stop=3)
+        if done.metrics is not None
+    ]
+    assert fills == [100 * 8 / QUEUE, 100 * 16 / QUEUE, 100]
+
+
+def test_time_goes_to_waiting_or_computing_and_none_to_what_happens_between_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pcd_ray.train.loop.time.perf_counter", lambda: now[0])
+    settings = loop_settings(steps=6, log_every_steps=3)
+
+    def slow_batches() -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        for batch in host_batches(settings, 0, 6):
+            now[0] += 3
+            yield batch
+
+    def compute_1_s(_module: nn.Module, _inputs: object, _output: object) -> None:
+        now[0] += 1
+
+    state = new_state()
+    state.student.register_forward_hook(compute_1_s)
+    for done in train_steps(state, small_teacher(), slow_batches(), DISTILL, settings):
+        now[0] += 100  # a checkpoint, an evaluation
+        if done.metrics is not None:
+            assert done.metrics[names.STEP_S] == 4
+            assert done.metrics[names.DATA_WAIT_S] == 3
+            assert done.metrics[names.DATA_WAIT] == 75
+            assert done.metrics[names.IMAGES_PER_S] == 8 / 4
