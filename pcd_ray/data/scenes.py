@@ -90,7 +90,8 @@ def _rings(x: Plane, y: Plane) -> Plane:
 
 
 def _zigzag(x: Plane, y: Plane) -> Plane:
-    return (np.sin(12 * y + 3 * np.abs(((2 * x) % 2) - 1)) > 0).astype(float)
+    waves: Plane = np.sin(12 * y + 3 * np.abs(((2 * x) % 2) - 1))
+    return (waves > 0).astype(float)
 
 
 def _shade(x: Plane, y: Plane) -> Plane:
