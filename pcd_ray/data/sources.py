@@ -34,7 +34,7 @@ def open_index(uri: str) -> pa.Table:
     Raises:
         ShardError: there is nothing, or what is there is damaged.
     """
-    if not uri.lower().endswith(LIST_SUFFIXES) and storage.exists(storage.join(uri, MANIFEST)):
+    if not _is_list(uri) and storage.exists(storage.join(uri, MANIFEST)):
         return open_shards(uri).index
     return list_images(uri)
 
@@ -52,7 +52,7 @@ def list_images(uri: str) -> pa.Table:
     uri = storage.absolute(uri)
     if not storage.exists(uri):
         raise ShardError(f"{uri}: there is no such folder or list; check data.sources")
-    if uri.lower().endswith(LIST_SUFFIXES):
+    if _is_list(uri):
         return _from_list(uri)
     return _from_folder(uri)
 
@@ -81,6 +81,10 @@ def list_sources(uris: Sequence[str]) -> pa.Table:
         table = table.set_column(5, INDEX_SCHEMA.field("source"), source)
         parts.append(table.replace_schema_metadata(None))
     return with_classes(pa.concat_tables(parts).combine_chunks(), classes)
+
+
+def _is_list(uri: str) -> bool:
+    return storage.name_of(uri).lower().endswith(LIST_SUFFIXES)
 
 
 def _source_names(uris: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,6 +20,8 @@ from pcd_ray.data.shards import (
     SHARD_SCHEMA,
     PackedSource,
     Shards,
+    _read_ranges,
+    by_filesystem,
     open_shards,
     read_image_bytes,
     verify_shards,
@@ -275,3 +278,23 @@ def test_nothing_half_written_is_left_behind(tmp_path: Path) -> None:
     shards = _packed(tmp_path)
     names = {storage.name_of(file.uri) for file in storage.list_files(shards.uri)}
     assert not [name for name in names if name.endswith(".part")]
+
+
+def test_files_of_one_bucket_share_a_connection_whatever_their_names() -> None:
+    query = "?region=us-east-1&endpoint_override=127.0.0.1:1&scheme=http"
+    uris = [f"s3://bucket/{name}{query}" for name in ("a b.jpg", "x/100%.jpg", "#1.jpg")]
+    groups = by_filesystem([*uris, "/local/c.jpg", f"s3://other/d.jpg{query}", uris[0]])
+    assert [list(paths.values()) for _, paths in groups] == [
+        ["bucket/a b.jpg", "bucket/x/100%.jpg", "bucket/#1.jpg"],
+        ["/local/c.jpg"],
+        ["other/d.jpg"],
+    ]
+    assert list(groups[0][1]) == uris
+
+
+def test_object_stores_are_read_by_range_too(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())  # not a LocalFileSystem
+    assert _read_ranges(store, "a", [(8, 2), (0, 3)]) == [b"89", b"012"]
+    with pytest.raises(ShardError, match="a: ends before byte 12"):
+        _read_ranges(store, "a", [(8, 4)])

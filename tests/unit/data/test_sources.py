@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pcd_ray.data.image_index import classes_of, relabelled
-from pcd_ray.data.sources import INDEX_SCHEMA, list_images, list_sources, open_index
+from pcd_ray.data.sources import INDEX_SCHEMA, _is_list, list_images, list_sources, open_index
 from pcd_ray.errors import ShardError
 
 
@@ -136,3 +136,11 @@ def test_labels_are_compared_by_name(tmp_path: Path) -> None:
     test = open_index(_tree(tmp_path / "test", "bee/b.png", "cow/c.png", "elk/d.png"))
     assert test.column("label").to_pylist() == [0, 1, 2]
     assert relabelled(test, classes_of(train)).column("label").to_pylist() == [1, 2, -1]
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_list"),
+    [("s3://b/list.csv?region=x", True), ("/a/LIST.TXT", True), ("s3://b/img?x=.csv", False)],
+)
+def test_a_list_is_known_by_its_name_alone(uri: str, is_list: bool) -> None:
+    assert _is_list(uri) is is_list
