@@ -1,0 +1,173 @@
+"""CUDA: the fused kernel, one mixed-precision compiled step, NCCL. Skipped without a device."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+from networks import small_backbone, small_head
+from tiny import images, tiny_config, unit_rows
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pcd_ray.config import Config
+from pcd_ray.distill.build import Method, build_method, fit_head, load_teacher
+from pcd_ray.distill.feature_queue import FeatureQueue, gather_rows
+from pcd_ray.distill.loss import choose_implementation, contrastive_loss
+from pcd_ray.distill.step import DistillSettings, ViewBatch
+from pcd_ray.distill.teacher import FrozenTeacher
+from pcd_ray.distill.weights import tensors_sha256
+from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, wrap_student
+from pcd_ray.train.metrics import mean_over_ranks
+from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CUDA = torch.device("cuda", 0)
+BATCH = 8
+
+
+def loss_and_gradient(
+    implementation: str, rows: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    student, positive, negatives = rows
+    student = student.clone().requires_grad_()
+    loss = contrastive_loss(
+        student, positive, negatives, temperature=0.2, implementation=implementation
+    )
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+@pytest.mark.parametrize("pixels", [50, 1568], ids="P={}".format)
+@pytest.mark.parametrize("width", [32, 128, 256], ids="D={}".format)
+def test_the_fused_loss_equals_the_plain_one(width: int, pixels: int) -> None:
+    assert choose_implementation("auto", width=width, device=CUDA) == "fused"
+    rows = tuple(
+        unit_rows(seed, count, width, torch.float32).to(CUDA)
+        for seed, count in enumerate((pixels, pixels, 4096))
+    )
+    exact = tuple(values.double() for values in rows)
+    loss, gradient = loss_and_gradient("plain", exact)  # type: ignore[arg-type]
+    fused_loss, fused_gradient = loss_and_gradient("fused", rows)  # type: ignore[arg-type]
+    # a kernel that multiplies in TF32 (10 bits of mantissa) is off by up to 1e-3
+    torch.testing.assert_close(fused_loss.double(), loss, rtol=1e-3, atol=0)
+    assert float((fused_gradient - gradient).abs().max() / gradient.abs().max()) < 5e-3
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "test_resnet.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), path)
+    return path
+
+
+def built(weights: Path, **train: object) -> tuple[Config, Method, TrainState]:
+    """Return a tiny run at its first step, on the device."""
+    config = tiny_config(
+        teacher={"weights": str(weights), "head": "pca", "pca_dim": 32},
+        optim={"name": "adamw", "base_lr": 0.01},
+        train={"global_batch_size": BATCH, **train},
+    )
+    loaded = load_teacher(config.teacher)
+    head = fit_head(loaded, [images(3, 32, 64)], dim=32, whiten=0.0)
+    method = build_method(config, loaded, head, device=CUDA)
+    if config.train.compile:
+        method.teacher.compile()
+    student = wrap_student(method.student, device=CUDA, compiled=config.train.compile).train()
+    optimizer = build_optimizer("adamw", method.student, weight_decay=0.0)
+    set_learning_rate(optimizer, 1e-3)
+    return config, method, TrainState(student, optimizer, method.queue)
+
+
+def views() -> ViewBatch:
+    pixels = images(4, BATCH, 64).to(CUDA)
+    boxes = torch.tensor([0.0, 0.0, 64.0, 64.0, 0.0], device=CUDA).repeat(BATCH, 1)
+    return ViewBatch(pixels, pixels, boxes, boxes)
+
+
+def settings_of(config: Config) -> LoopSettings:
+    return LoopSettings(
+        schedule=Schedule(1e-3, 0.0, 10, 0.0),
+        images_per_epoch=BATCH,
+        global_batch_size=BATCH,
+        accumulation_steps=1,
+        clip_grad_norm=0.0,
+        log_every_steps=1,
+        seed=config.run.seed,
+    )
+
+
+def losses(weights: Path, steps: int, **train: object) -> tuple[list[float], TrainState, Method]:
+    """Take steps on one batch; return the loss before each."""
+    config, method, state = built(weights, **train)
+    found = [
+        train_step(
+            state, method.teacher, views(), method.settings, settings_of(config), watch=False
+        )["loss"].item()
+        for _ in range(steps)
+    ]
+    return found, state, method
+
+
+def test_bf16_channels_last_and_compile_train_the_same_student(weights_file: Path) -> None:
+    plain, _, _ = losses(weights_file, 6)
+    fast, state, method = losses(
+        weights_file, 6, precision="bf16", channels_last=True, compile=True
+    )
+    # bf16 has 8 bits of mantissa; the cosines it blurs by 1% weigh 1 / tau = 5 in the loss
+    assert fast[0] == pytest.approx(plain[0], abs=0.1)
+    assert fast[-1] < fast[0], "six steps on one batch lower its loss"
+    assert tensors_sha256(method.teacher) == method.identity.sha256
+    kept = {value.dtype for value in unwrapped(state.student).parameters()}
+    assert kept == {torch.float32}, "autocast computes in bf16, weights stay"
+    assert state.queue.num_pushed == 6 * BATCH
+
+
+@pytest.fixture
+def nccl(tmp_path: Path) -> Iterator[None]:
+    torch.cuda.set_device(CUDA)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("nccl")
+def test_a_step_under_ddp_on_nccl_is_the_step_without() -> None:
+    teacher = FrozenTeacher(
+        small_backbone(0, 10, batchnorm=True), small_head(0, 10, 6), rule="gate"
+    ).to(CUDA)
+    student = small_backbone(1, 6).to(CUDA)
+    wrapped = DistributedDataParallel(
+        copy.deepcopy(student),
+        device_ids=[CUDA],
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    distill = DistillSettings(0.2, "fused", "same_view", 0.7)
+    for module in (student, wrapped):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        state = TrainState(module, optimizer, FeatureQueue(21, 6, seed=0, device=CUDA))
+        train_step(state, teacher, views(), distill, settings_of(Config()), watch=False)
+    assert any(p.grad is not None for p in student.parameters())
+    for alone, under_ddp in zip(student.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(under_ddp, alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("nccl")
+def test_nccl_carries_what_ranks_exchange() -> None:
+    rows = unit_rows(0, 5, 4, torch.float32).to(CUDA)
+    assert torch.equal(gather_rows(rows), rows)
+    assert mean_over_ranks({"a": rows[0, 0], "b": rows[1, 1]}) == {
+        "a": rows[0, 0].item(),
+        "b": rows[1, 1].item(),
+    }
