@@ -1,10 +1,10 @@
 """The demo: a student becomes good at pixels, offline, on generated scenes.
 
-Scenes with exact pixel labels are drawn and packed; a small teacher is trained on the spot with an
-*image-level* contrastive objective and an MLP head; SpatialAdaptor makes that head spatial, and a
-smaller student is distilled pixel by pixel. No label is used before the judging.
+A small teacher is trained on the spot with an *image-level* objective and an MLP head: it learns
+which object a picture shows, never where. SpatialAdaptor makes its head spatial, and a smaller
+student is distilled from it pixel by pixel, on scenes of several objects and without labels.
 
-Shapes: B images, D embedding channels.
+Shapes: B images, S pixels per side.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,21 +21,18 @@ from torch import Tensor, nn
 from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, SourceConfig
-from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.ray_pack import pack
-from pcd_ray.data.ray_views import recipe_from, view_batches
-from pcd_ray.data.scenes import write_scenes
-from pcd_ray.data.shards import Shards, open_shards
-from pcd_ray.distill.backbones import Backbone, build_backbone, map_shape
+from pcd_ray.data.scenes import CLASSES, make_picture, write_scenes
+from pcd_ray.distill.backbones import build_backbone, map_shape
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.ray_cluster import connect
 from pcd_ray.seeds import derive_seed
-from pcd_ray.train.optim import Schedule, set_learning_rate
+from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
 from pcd_ray.train.ray_launch import TrainResult, train
 
-_TEACHER_BATCH = 128
-_TEACHER_LR = 2e-3
-_TEACHER_TEMPERATURE = 0.2
+_TEACHER_BATCH = 64
+_TEACHER_LR = 4e-3
+_PICTURE_PX = 64
 _HEAD_HIDDEN = 512
 _HEAD_OUT = 128
 
@@ -44,13 +42,15 @@ class DemoSize:
     """How much the demo does."""
 
     train_scenes: int = 1600
-    """Scenes that teacher and student learn from."""
+    """Scenes that the student learns from."""
     test_scenes: int = 400
     """Scenes that kNN classifies."""
     scene_px: int = 112
     """Side of a scene, in pixels."""
-    teacher_epochs: int = 10
-    """Passes of the teacher over the scenes."""
+    pictures: int = 6000
+    """Pictures of one object that the teacher learns from."""
+    teacher_steps: int = 800
+    """Optimiser steps of the teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
     seconds["scenes_and_pack"] = time.monotonic() - started
     started = time.monotonic()
     if not storage.exists(config.teacher.weights):
-        _train_teacher(config, size.teacher_epochs)
+        _train_teacher(config, size)
     seconds["teacher"] = time.monotonic() - started
     started = time.monotonic()
     run = train(config)
@@ -121,71 +121,42 @@ def _filled_in(config: Config, folder: RunFolder) -> Config:
     return replace(config, data=data, eval=judging, teacher=teacher)
 
 
-def _train_teacher(config: Config, epochs: int) -> None:
-    """Train backbone and MLP head to tell images apart by their pooled features (InfoNCE)."""
+def _train_teacher(config: Config, size: DemoSize) -> None:
+    """Train backbone and MLP head to name the object of a picture from its pooled features."""
     torch.manual_seed(derive_seed(config.run.seed, "teacher"))
     backbone = build_backbone(config.teacher.arch, kwargs=config.teacher.kwargs)
-    channels = map_shape(backbone, config.augment.image_size_px)[0]
+    channels = map_shape(backbone, _PICTURE_PX)[0]
     head = nn.Sequential(
         nn.Linear(channels, _HEAD_HIDDEN, bias=False),
         nn.BatchNorm1d(_HEAD_HIDDEN),
         nn.ReLU(),
         nn.Linear(_HEAD_HIDDEN, _HEAD_OUT),
     )
-    shards = open_shards(config.data.shards)
-    plan = EpochPlan(shards.plan_sources, config.run.seed)
-    steps = plan.total_steps(epochs, _TEACHER_BATCH)
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.05)
-    schedule = Schedule(_TEACHER_LR, 0.1 * steps, steps, 0.0)
+    classifier = nn.Sequential(nn.ReLU(), nn.Linear(_HEAD_OUT, len(CLASSES) - 1))
+    network = nn.ModuleList([backbone, head, classifier]).train()
     backbone.use_channels_last()
-    backbone.train()
-    for step, (first, second) in enumerate(_two_views(config, shards, plan, steps)):
+    optimizer = build_optimizer("adamw", network, weight_decay=0.05)
+    schedule = Schedule(_TEACHER_LR, 0.1 * size.teacher_steps, size.teacher_steps, 0.0)
+    for step, (pictures, labels) in enumerate(_picture_batches(config.run.seed, size)):
         set_learning_rate(optimizer, schedule.learning_rate(step))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            embedded = head(backbone(torch.cat([first, second])).mean((2, 3)))
-        loss = _tell_images_apart(embedded.float())
+            named = classifier(head(backbone(pictures).mean((2, 3))))
+        loss = F.cross_entropy(named.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    save_teacher(
-        config.teacher.weights,
-        _plain(backbone),
-        head.eval(),
-        activation="relu",
-        licence="Apache-2.0",
-    )
+    network.eval()
+    save_teacher(config.teacher.weights, backbone, head, activation="relu", licence="Apache-2.0")
 
 
-def _two_views(
-    config: Config, shards: Shards, plan: EpochPlan, steps: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield two independent views (B, S, S, 3) of each image, through Ray Data."""
-    augment = replace(config.augment, min_scale=0.2, student_blur_prob=0.1)
-    for batch in view_batches(
-        shards.index,
-        plan,
-        recipe_from(augment, "cross_view_index"),
-        seed=derive_seed(config.run.seed, "teacher views"),
-        rank=0,
-        num_ranks=1,
-        global_batch_size=_TEACHER_BATCH,
-        start_step=0,
-        stop_step=steps,
-        data=config.data,
-    ):
-        yield torch.from_numpy(batch["student_view"]), torch.from_numpy(batch["teacher_view"])
-
-
-def _tell_images_apart(embedded: Tensor) -> Tensor:
-    """InfoNCE over a batch: (2B, D) embeddings, row i and row B + i are views of one image."""
-    unit = F.normalize(embedded, dim=1)
-    logits = unit @ unit.T / _TEACHER_TEMPERATURE  # (2B, 2B)
-    logits.fill_diagonal_(-torch.inf)
-    partners = torch.arange(len(unit)).roll(len(unit) // 2)
-    return F.cross_entropy(logits, partners)
-
-
-def _plain(backbone: Backbone) -> Backbone:
-    backbone.to(memory_format=torch.contiguous_format)
-    return backbone.eval()
+def _picture_batches(seed: int, size: DemoSize) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (B, S, S, 3) uint8 pictures, mirrored at random, and the (B,) objects they show."""
+    seeds = [derive_seed(seed, "picture", number) for number in range(size.pictures)]
+    drawn = [make_picture(own_seed, _PICTURE_PX) for own_seed in seeds]
+    pictures = torch.from_numpy(np.stack([picture.image for picture in drawn]))
+    labels = torch.tensor([picture.label - 1 for picture in drawn])
+    random = np.random.default_rng(derive_seed(seed, "teacher order"))
+    for _ in range(size.teacher_steps):
+        chosen = torch.from_numpy(random.integers(0, size.pictures, _TEACHER_BATCH))
+        mirrored = [axis for axis in (1, 2) if random.random() < 0.5]
+        yield pictures[chosen].flip(mirrored), labels[chosen]

@@ -22,7 +22,9 @@ Plane = np.ndarray[Any, np.dtype[np.float64]]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 _OBJECTS_PER_SCENE = (2, 5)  # at least, less than
-_RADIUS = (0.13, 0.30)  # of the side
+_OBJECTS_PER_PICTURE = (1, 2)
+_RADIUS = (0.16, 0.32)  # of the side
+_PICTURE_RADIUS = (0.3, 0.5)
 _NOISE = 0.02
 _JPEG_QUALITY = 92
 
@@ -112,20 +114,39 @@ CLASSES = ("background", *_OBJECTS)
 
 
 def make_scene(seed: int, size_px: int) -> Scene:
-    """Return one scene, the same for the same seed and size."""
+    """Return one scene of several objects, the same for the same seed and size."""
+    return _painted(seed, size_px, _OBJECTS_PER_SCENE, _RADIUS)
+
+
+def make_picture(seed: int, size_px: int) -> Scene:
+    """Return a picture of one large object: what image-level training is used to see."""
+    return _painted(seed, size_px, _OBJECTS_PER_PICTURE, _PICTURE_RADIUS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Canvas:
+    """What is painted on, and where its pixels' centres lie in [0, 1]."""
+
+    x: Plane  # (S, S)
+    y: Plane  # (S, S)
+    image: Plane  # (S, S, 3)
+    mask: Pixels  # (S, S)
+
+
+def _painted(
+    seed: int, size_px: int, objects: tuple[int, int], radii: tuple[float, float]
+) -> Scene:
     rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[0:size_px, 0:size_px] / size_px + 0.5 / size_px
-    image = _background(rng, columns, rows)
-    mask = np.zeros((size_px, size_px), np.uint8)
-    for _ in range(rng.integers(*_OBJECTS_PER_SCENE)):
-        _paint_object(rng, columns, rows, image, mask)
-    counts = np.bincount(mask.ravel(), minlength=len(CLASSES))[1:]
+    y, x = np.mgrid[0:size_px, 0:size_px] / size_px + 0.5 / size_px
+    canvas = _Canvas(x, y, _background(rng, x, y), np.zeros((size_px, size_px), np.uint8))
+    for _ in range(rng.integers(*objects)):
+        _paint_object(rng, canvas, radii)
+    counts = np.bincount(canvas.mask.ravel(), minlength=len(CLASSES))[1:]
     angle = rng.uniform(0, 2 * np.pi)
-    light = 1 + 0.35 * (np.cos(angle) * (columns - 0.5) + np.sin(angle) * (rows - 0.5))
-    image = image * light[..., None] + rng.normal(0, _NOISE, image.shape)
-    return Scene(
-        (255 * np.clip(image, 0, 1)).round().astype(np.uint8), mask, 1 + int(counts.argmax())
-    )
+    light = 1 + 0.35 * (np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5))
+    image = canvas.image * light[..., None] + rng.normal(0, _NOISE, canvas.image.shape)
+    pixels = (255 * np.clip(image, 0, 1)).round().astype(np.uint8)
+    return Scene(pixels, canvas.mask, 1 + int(counts.argmax()))
 
 
 def write_scenes(
@@ -188,20 +209,21 @@ def _background(rng: np.random.Generator, x: Plane, y: Plane) -> Plane:
     return colours
 
 
-def _paint_object(rng: np.random.Generator, x: Plane, y: Plane, image: Plane, mask: Pixels) -> None:
+def _paint_object(rng: np.random.Generator, canvas: _Canvas, radii: tuple[float, float]) -> None:
     """Paint one object over what is there; its edge is one pixel soft, its label is exact."""
     number = int(rng.integers(len(_OBJECTS)))
     outline, texture = list(_OBJECTS.values())[number]
-    radius, angle = rng.uniform(*_RADIUS), rng.uniform(0, 2 * np.pi)
+    radius, angle = rng.uniform(*radii), rng.uniform(0, 2 * np.pi)
     left, top = rng.uniform(0.1, 0.9, 2)
-    u = (np.cos(angle) * (x - left) + np.sin(angle) * (y - top)) / radius
-    v = (np.cos(angle) * (y - top) - np.sin(angle) * (x - left)) / radius
+    x, y = canvas.x - left, canvas.y - top
+    u = (np.cos(angle) * x + np.sin(angle) * y) / radius
+    v = (np.cos(angle) * y - np.sin(angle) * x) / radius
     inside = outline(u, v) * radius * len(x)  # in pixels
     first, second = rng.uniform(0, 1, (2, 3))
     colour = first + texture(u, v)[..., None] * (second - first)
     cover = np.clip(inside + 0.5, 0, 1)[..., None]
-    image += cover * (colour - image)
-    mask[inside > 0] = 1 + number
+    canvas.image += cover * (colour - canvas.image)
+    canvas.mask[inside > 0] = 1 + number
 
 
 def _encoded(pixels: Pixels, kind: str) -> bytes:
