@@ -222,7 +222,7 @@ def _paint_object(rng: np.random.Generator, canvas: _Canvas, radii: tuple[float,
     first, second = rng.uniform(0, 1, (2, 3))
     colour = first + texture(u, v)[..., None] * (second - first)
     cover = np.clip(inside + 0.5, 0, 1)[..., None]
-    canvas.image += cover * (colour - canvas.image)
+    canvas.image[...] += cover * (colour - canvas.image)
     canvas.mask[inside > 0] = 1 + number
 
 
