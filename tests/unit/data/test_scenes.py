@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pcd_ray.data.image_index import classes_of
-from pcd_ray.data.scenes import CLASSES, Scene, _paint_object, make_scene, write_scenes
+from pcd_ray.data.scenes import CLASSES, Scene, _Canvas, _paint_object, make_scene, write_scenes
 from pcd_ray.data.sources import list_images
 
 
@@ -23,31 +23,32 @@ def test_the_seed_is_the_scene() -> None:
     assert not np.array_equal(one.mask, other.mask)
 
 
+def _canvas(colour: float) -> _Canvas:
+    y, x = np.mgrid[0:64, 0:64] / 64 + 0.5 / 64
+    return _Canvas(x, y, np.full((64, 64, 3), colour), np.zeros((64, 64), np.uint8))
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_the_mask_is_where_the_object_was_painted(seed: int) -> None:
     # on a canvas of -1000 an object in [0, 1] shows its cover: over half of it is inside
-    y, x = np.mgrid[0:64, 0:64] / 64 + 0.5 / 64
-    image, mask = np.full((64, 64, 3), -1000.0), np.zeros((64, 64), np.uint8)
-    _paint_object(np.random.default_rng(seed), x, y, image, mask)
-    value = image.mean(axis=-1)
+    canvas = _canvas(-1000.0)
+    _paint_object(np.random.default_rng(seed), canvas, (0.15, 0.3))
+    value = canvas.image.mean(axis=-1)
     on_the_edge = np.abs(value + 500) < 1  # the colour itself moves the middle by up to 0.5
-    assert np.array_equal((mask > 0)[~on_the_edge], (value > -500)[~on_the_edge])
+    inside = canvas.mask > 0
+    assert np.array_equal(inside[~on_the_edge], (value > -500)[~on_the_edge])
     assert on_the_edge.sum() <= 4
-    assert len(set(mask[mask > 0].tolist())) == 1
+    assert len(set(canvas.mask[inside].tolist())) == 1
 
 
 def test_later_objects_cover_earlier_ones() -> None:
-    y, x = np.mgrid[0:64, 0:64] / 64 + 0.5 / 64
-    rng = np.random.default_rng(0)
-    image, mask = np.zeros((64, 64, 3)), np.zeros((64, 64), np.uint8)
+    rng, canvas = np.random.default_rng(0), _canvas(0.0)
     for _ in range(6):
-        before = mask.copy()
-        _paint_object(rng, x, y, image, mask)
-        alone = np.zeros_like(mask)
-        changed = before != mask
-        alone[changed] = mask[changed]
-        assert len(set(alone[alone > 0].tolist())) <= 1
-        assert (mask[before > 0] > 0).all()  # nothing turns back into background
+        before = canvas.mask.copy()
+        _paint_object(rng, canvas, (0.15, 0.3))
+        changed = canvas.mask[before != canvas.mask]
+        assert len(set(changed.tolist())) <= 1  # one object, one class
+        assert (changed > 0).all()  # nothing turns back into background
 
 
 def test_masks_do_not_depend_on_the_size() -> None:
