@@ -130,7 +130,8 @@ def _train_teacher(config: Config, size: DemoSize) -> None:
         nn.Linear(channels, _HEAD_HIDDEN, bias=False),
         nn.BatchNorm1d(_HEAD_HIDDEN),
         nn.ReLU(),
-        nn.Linear(_HEAD_HIDDEN, _HEAD_OUT),
+        nn.Linear(_HEAD_HIDDEN, _HEAD_OUT, bias=False),
+        nn.BatchNorm1d(_HEAD_OUT, affine=False),  # centred embeddings, as MoCo v3's head gives
     )
     classifier = nn.Sequential(nn.ReLU(), nn.Linear(_HEAD_OUT, len(CLASSES) - 1))
     network = nn.ModuleList([backbone, head, classifier]).train()
