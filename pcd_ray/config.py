@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pcd_ray.errors import ConfigError
 
-_FORBID = ConfigDict(extra="forbid")
+_FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class DataConfig:
     """Images with more pixels (width x height) are refused as unreadable."""
     shard_mib: int = 128
     """Encoded bytes per shard, in MiB, before rounding to whole images."""
-    images_per_task: int = 32
+    images_per_task: int = 128
     """Images that one Ray Data task reads, decodes and augments; also the size of its block."""
     prefetch_batches: int = 2
     """Batches kept ready on each training worker."""
@@ -627,11 +627,17 @@ def _problem(item: dict[str, Any]) -> str:
         return str(item["ctx"]["error"])
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; give a value"
+    if item["type"] == "dataclass_type":
+        return f"{path}={value!r}: is a section; write its options as {path}.option=value"
+    if item["type"] == "string_type":
+        return f"{path}={value!r}: is no text; quote it: {path}=\"'{value}'\""
     return f"{path}={value!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _nearest_option(path: str) -> str:
-    near = difflib.get_close_matches(path, [*option_names(), *_section_names()], n=1, cutoff=0.6)
+    depth = path.count(".")
+    sections = [name for name in _section_names() if name.count(".") == depth]
+    near = difflib.get_close_matches(path, [*option_names(), *sections], n=1, cutoff=0.6)
     if not near:  # the right name in the wrong section is the commonest mistake
         last = path.rpartition(".")[2]
         by_last = {name.rpartition(".")[2]: name for name in option_names()}
