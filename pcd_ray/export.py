@@ -50,29 +50,29 @@ def export(run: str, export_config: ExportConfig | None = None) -> ExportResult:
         CheckpointError: there is no whole checkpoint.
         StorageError: the file cannot be written.
     """
-    options = export_config or ExportConfig()
+    options: ExportConfig = export_config or ExportConfig()
     stored = find_checkpoint(storage.absolute(run))
     name = stored.about["student"]["backbone"]
-    run_folder = stored.uri.rsplit("/", 2)[0]
-    path = options.path or storage.join(run_folder, "exported", f"{name}.safetensors")
+    path = storage.absolute(options.path or _default_path(stored, name))
+    folder = storage.parent(path)
     metadata = _metadata(stored)
     weights = _contiguous(_part(stored, _BACKBONE))
     storage.write_bytes(path, safetensors.torch.save(weights, metadata=metadata))
     neck_path = ""
     if options.keep_neck:
-        neck_path = path.removesuffix(".safetensors") + "_mhsa.safetensors"
+        file = storage.name_of(path).removesuffix(".safetensors")
+        neck_path = storage.join(folder, f"{file}_mhsa.safetensors")
         neck = _contiguous(_part(stored, _NECK))
         storage.write_bytes(neck_path, safetensors.torch.save(neck, metadata=metadata))
     result = ExportResult(
-        path=storage.absolute(path),
+        path=path,
         neck_path=neck_path,
         backbone=name,
         parameters=sum(p.numel() for p in student_of(stored).parameters()),
         step=int(stored.about["step"]),
         metadata=metadata,
     )
-    beside = storage.join(path.rpartition("/")[0] or ".", "summary.json")
-    storage.write_text(beside, json.dumps(result.summary(), indent=2))
+    storage.write_text(storage.join(folder, "summary.json"), json.dumps(result.summary(), indent=2))
     return result
 
 
@@ -82,6 +82,14 @@ def student_of(stored: Checkpoint) -> nn.Module:
     model: nn.Module = timm.create_model(options.backbone, num_classes=0, **options.kwargs)
     model.load_state_dict(_part(stored, _BACKBONE), strict=True)
     return model.eval()
+
+
+def _default_path(stored: Checkpoint, name: str) -> str:
+    """Return a file in the run's folder; in the checkpoint's own when it was taken out of a run."""
+    above = storage.parent(stored.uri)
+    in_run = storage.name_of(above) == "checkpoints"
+    folder = storage.parent(above) if in_run else stored.uri
+    return storage.join(folder, "exported", f"{name}.safetensors")
 
 
 def _part(stored: Checkpoint, prefix: str) -> dict[str, Tensor]:
@@ -103,6 +111,7 @@ def _metadata(stored: Checkpoint) -> dict[str, str]:
         "format": "pt",
         "made_by": f"pcd_ray {about['version']}",
         "timm_name": student["backbone"],
+        "timm_kwargs": json.dumps(stored.config.student.kwargs),
         "mean": json.dumps(student["mean"]),
         "std": json.dumps(student["std"]),
         "teacher": about["teacher"]["source"],

@@ -51,6 +51,12 @@ def name_of(uri: str) -> str:
     return uri.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
+def parent(uri: str) -> str:
+    """Return the folder that a file or folder lies in; query parameters stay at the end."""
+    base, mark, query = uri.partition("?")
+    return base.rstrip("/").rpartition("/")[0] + mark + query
+
+
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the pyarrow file system of a URI and the path inside it."""
     with _explained(uri, "opened"):
