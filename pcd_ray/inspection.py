@@ -8,7 +8,7 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps, find_checkpoint
 from pcd_ray.data.image_index import classes_of, column
 from pcd_ray.data.shards import MANIFEST, verify_shards
-from pcd_ray.data.sources import list_images
+from pcd_ray.data.sources import LIST_SUFFIXES, list_images
 from pcd_ray.distill.heads import output_width
 from pcd_ray.distill.spatial_adaptor import layer_names
 from pcd_ray.distill.weights import METADATA_KEY, RELEASES, read_weights, take_apart
@@ -47,6 +47,12 @@ def inspect(uri: str) -> InspectResult:
         return _checkpoint(uri, "run")
     if uri.lower().endswith(_WEIGHTS_SUFFIXES):
         return _weights(uri)
+    if not storage.is_folder(uri) and not uri.lower().endswith(LIST_SUFFIXES):
+        raise PcdError(
+            f"{uri} is a file of no kind that pcd_ray knows; give weights "
+            f"({', '.join(_WEIGHTS_SUFFIXES)}), a list of images ({', '.join(LIST_SUFFIXES)}) "
+            "or a folder"
+        )
     return _images(uri)
 
 
