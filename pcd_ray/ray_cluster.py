@@ -52,8 +52,9 @@ def connect() -> ClusterResources:
         ClusterError: the named cluster does not answer.
     """
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        if address is None:
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        alone = address == "local"
+        if alone:
             # a cluster of one machine that dies with this process needs no token
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         try:
@@ -61,8 +62,8 @@ def connect() -> ClusterResources:
                 address=address,
                 logging_level=logging.WARNING,
                 log_to_driver=False,
-                include_dashboard=None if address else False,
-                object_store_memory=None if address else _object_store_bytes(),
+                include_dashboard=False if alone else None,
+                object_store_memory=_object_store_bytes() if alone else None,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
@@ -103,6 +104,11 @@ def share_for_workers(
         ClusterError: the cluster cannot hold the workers and one data task.
     """
     chosen = ("cuda" if have.gpus >= 1 else "cpu") if device == "auto" else device
+    if chosen == "cpu" and not cpus_per_worker and num_workers > have.cpus:
+        raise ClusterError(
+            f"train.num_workers={num_workers} on CPUs need one each, the cluster has "
+            f"{have.cpus:g}; use train.num_workers={max(1, int(have.cpus))}"
+        )
     if chosen == "cuda" and have.gpus < num_workers:
         raise ClusterError(
             f"train.num_workers={num_workers} with train.device=cuda need {num_workers} GPUs, the "
