@@ -51,6 +51,11 @@ class RunFolder:
         """URI of the folder that holds the checkpoints."""
         return self.file("checkpoints")
 
+    @property
+    def teacher_head(self) -> str:
+        """URI of the teacher's fitted head: part of the run, which must not fit another later."""
+        return self.file("teacher_head.safetensors")
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

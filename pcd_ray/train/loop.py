@@ -102,7 +102,7 @@ class StepDone:
     epoch_ended: int | None
     """Number of the epoch whose last image this step has read, from 0; None: none ended."""
     metrics: dict[str, float] | None
-    """Means over ranks, at logging steps."""
+    """Means over ranks, at logging steps and at the last one."""
 
 
 def train_steps(
@@ -124,7 +124,8 @@ def train_steps(
         torch.manual_seed(derive_seed(settings.seed, "step", state.step, _rank()))
         learning_rate = settings.schedule.learning_rate(state.step)
         set_learning_rate(state.optimizer, learning_rate)
-        logs = (state.step + 1) % settings.log_every_steps == 0
+        number = state.step + 1
+        logs = number % settings.log_every_steps == 0 or number == settings.schedule.total_steps
         watched = train_step(state, teacher, views_of(host, device), distill, settings, watch=logs)
         state.audit.add(host["epoch"], host["row"])
         clock.add(watched.pop("loss"))

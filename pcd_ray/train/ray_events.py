@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,9 @@ class EventReceiver:
     """The driver's end; it owns the mailbox, which ends with it."""
 
     def __init__(self, name: str) -> None:
-        self._mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).options(name=name).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0)(_Mailbox)  # not on a node that may be taken away
+        self._mailbox: Any = actor.options(name=name, scheduling_strategy=here).remote()
 
     def take(self) -> list[Event]:
         """Return what has arrived since the last call."""

@@ -2,10 +2,9 @@
 
 import json
 import threading
-import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import ray.exceptions
@@ -15,6 +14,7 @@ from torch import nn
 
 from pcd_ray import errors, storage
 from pcd_ray.checkpoint import (
+    Checkpoint,
     RunFolder,
     checkpoint_name,
     checkpoint_steps,
@@ -28,8 +28,9 @@ from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
 from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare, connect, share_for_workers
+from pcd_ray.train import metrics as names
 from pcd_ray.train.ray_events import EventReceiver
-from pcd_ray.train.ray_worker import FAILURE_FILE, TEACHER_HEAD_FILE, train_worker
+from pcd_ray.train.ray_worker import FAILURE_FILE, train_worker
 from pcd_ray.train.run_log import RunLog
 from pcd_ray.train.run_plan import RunPlan, plan_run
 
@@ -68,18 +69,17 @@ def train(config: Config) -> TrainResult:
         PcdError: what a user can mend; whatever was stored stays.
     """
     folder = RunFolder.of(config)
-    share, shards, plan = _checked(config)
-    _prepare_folder(config, folder, shards)
-    started = time.monotonic()
-    log = RunLog(folder, total_steps=plan.steps)
+    found = _checked(config, folder)
+    _prepare_folder(config, folder)
+    log = RunLog(folder, total_steps=found.plan.steps)
     try:
-        _fit(config, folder, share, log)
+        if found.steps_done < found.plan.steps:
+            _fit(config, folder, found.share, log)
     finally:
         log.close()
-    trained_s = time.monotonic() - started
     log.say("judging the student")
-    judgement = judge(config, device=share.device, cpus=share.cpus)
-    return _finish(config, folder, plan, judgement, log.history, trained_s)
+    judgement = judge(config, device=found.share.device, cpus=found.share.cpus)
+    return _finish(config, folder, found.plan, judgement, log.history)
 
 
 def dry_run(config: Config) -> RunPlan:
@@ -88,18 +88,29 @@ def dry_run(config: Config) -> RunPlan:
     Raises:
         PcdError: what would stop the run.
     """
-    _, shards, plan = _checked(config)
-    folder = RunFolder.of(config)
-    _refuse_changes(config, folder, shards)
-    storage.check_writable(folder.uri)
-    return plan
+    return _checked(config, RunFolder.of(config)).plan
 
 
-def _checked(config: Config) -> tuple[WorkerShare, Shards, RunPlan]:
-    """Check the data, then the cluster, then the networks: the cheapest first."""
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What is known before a run starts."""
+
+    share: WorkerShare
+    plan: RunPlan
+    steps_done: int
+    """Optimiser steps of the newest checkpoint; 0: there is none."""
+
+
+def _checked(config: Config, folder: RunFolder) -> _Checked:
+    """Check data and storage, then the cluster, then the networks: the cheapest first."""
     if not config.data.shards:
         raise errors.ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
     shards = open_shards(config.data.shards)
+    storage.check_writable(folder.uri)
+    stored = latest_checkpoint(folder)
+    guarded = None if config.run.allow_changes else stored
+    if guarded is not None:
+        _refuse_changes(config, shards, guarded)
     share = share_for_workers(
         connect(),
         num_workers=config.train.num_workers,
@@ -108,32 +119,35 @@ def _checked(config: Config) -> tuple[WorkerShare, Shards, RunPlan]:
         threads_per_worker=config.train.threads_per_worker,
         cpus_per_data_task=config.data.cpus_per_task,
     )
-    return share, shards, plan_run(config, shards, device=share.device)
+    plan = plan_run(config, shards, device=share.device)
+    if guarded and plan.teacher["sha256"] not in ("", guarded.about["teacher"]["sha256"]):
+        place = config.teacher.weights or config.teacher.arch
+        _refuse(folder, guarded, [f"teacher.weights: the weights of {place} are others"])
+    return _Checked(share, plan, 0 if stored is None else int(stored.about["step"]))
 
 
-def _refuse_changes(config: Config, folder: RunFolder, shards: Shards) -> None:
+def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:
     """Refuse to go on with a run whose settings or data have changed, naming what."""
-    stored = latest_checkpoint(folder)
-    if stored is None or config.run.allow_changes:
-        return
     changes = changed_options(stored.config, config)
     if stored.about["data_sha256"] != shards.content_hash:
         changes.append(f"data.shards: the packed images at {config.data.shards} are others")
     if changes:
-        listed = "\n  ".join(changes)
-        raise CheckpointError(
-            f"{folder.uri} holds a run at step {stored.about['step']} with other settings:\n"
-            f"  {listed}\nchoose another run.name, set these back, or set run.allow_changes=true"
-        )
+        _refuse(RunFolder.of(config), stored, changes)
 
 
-def _prepare_folder(config: Config, folder: RunFolder, shards: Shards) -> None:
-    storage.check_writable(folder.uri)
-    _refuse_changes(config, folder, shards)
+def _refuse(folder: RunFolder, stored: Checkpoint, changes: list[str]) -> NoReturn:
+    listed = "\n  ".join(changes)
+    raise CheckpointError(
+        f"{folder.uri} holds a run at step {stored.about['step']} with other settings:\n"
+        f"  {listed}\nchoose another run.name, set these back, or set run.allow_changes=true"
+    )
+
+
+def _prepare_folder(config: Config, folder: RunFolder) -> None:
     storage.delete_file(folder.file(FAILURE_FILE))
     if not checkpoint_steps(folder):  # nothing to go on with: nothing of an earlier try counts
-        for name in (TEACHER_HEAD_FILE, "references.json", "metrics.jsonl"):
-            storage.delete_file(folder.file(name))
+        for uri in (folder.teacher_head, *map(folder.file, ("references.json", "metrics.jsonl"))):
+            storage.delete_file(uri)
         storage.delete_folder(folder.file("tensorboard"))
         storage.delete_folder(folder.checkpoints)
     storage.write_text(folder.file("config.yaml"), to_yaml(config))
@@ -161,7 +175,7 @@ def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> 
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=folder.uri,
-            worker_runtime_env={"env_vars": PASSIVE_THREADS},
+            worker_runtime_env={"env_vars": PASSIVE_THREADS},  # type: ignore[call-arg]
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
         ),
@@ -218,7 +232,6 @@ def _finish(
     plan: RunPlan,
     judgement: Judgement,
     history: list[dict[str, Any]],
-    trained_s: float,
 ) -> TrainResult:
     step = checkpoint_steps(folder)[-1]
     result = TrainResult(
@@ -226,7 +239,7 @@ def _finish(
         checkpoint=storage.join(folder.checkpoints, checkpoint_name(step)),
         metrics={
             "step": step,
-            "training_s": round(trained_s, 1),
+            "training_s": round(_training_s(history), 1),
             **judgement.scores,
             "segmentation_classes": judgement.segmentation_classes,
             "plan": plan.summary(),
@@ -236,3 +249,13 @@ def _finish(
     storage.write_text(folder.file("summary.json"), json.dumps(result.summary(), indent=2))
     write_report(folder, config, result.summary(), history)
     return result
+
+
+def _training_s(history: list[dict[str, Any]]) -> float:
+    """Return the time in training steps, over all sittings of a run."""
+    total, before = 0.0, 0
+    for line in history:
+        if names.STEP_S in line:
+            total += line[names.STEP_S] * (line["step"] - before)
+            before = line["step"]
+    return total

@@ -53,8 +53,6 @@ from pcd_ray.train.ray_events import EventSender
 
 FAILURE_FILE = "failure.json"
 """Why a run cannot go on, for the driver and for workers that Ray starts again."""
-TEACHER_HEAD_FILE = "teacher_head.safetensors"
-"""The fitted head: part of the run, since a resumed run must not fit another."""
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -197,7 +195,7 @@ class _Run:
 
     def _fitted_head(self, loaded: LoadedTeacher) -> nn.Sequential:
         """Return the run's own fitted head; rank 0 fits it once."""
-        uri = self.folder.file(TEACHER_HEAD_FILE)
+        uri = self.folder.teacher_head
         if self.place.rank == 0 and not storage.exists(uri):
             self.events.say(f"fitting the teacher's {self.config.teacher.pca_dim}-wide head")
             head = fit_head(
@@ -340,8 +338,8 @@ def _write(
 ) -> RayCheckpoint:
     """Write a checkpoint where Ray expects it; runs in Ray's upload thread."""
     uri = storage.join(folder.checkpoints, name)
-    save_checkpoint(uri, state, about, config)
     shutil.rmtree(placeholder.path, ignore_errors=True)
+    save_checkpoint(uri, state, about, config)
     filesystem, path = storage.filesystem(uri)
     return RayCheckpoint(path, filesystem=filesystem)
 

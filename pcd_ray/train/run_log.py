@@ -25,12 +25,12 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: RunFolder, *, total_steps: int, console: TextIO = sys.stderr
+        self, folder: RunFolder, *, total_steps: int, console: TextIO | None = None
     ) -> None:
         self._folder = folder
         self._total_steps = total_steps
-        self._console = console
-        self._live = console.isatty()
+        self._console = console or sys.stderr
+        self._live = self._console.isatty()
         self._local = Path(tempfile.mkdtemp(prefix="pcd_ray_events_"))
         self._events = SummaryWriter(str(self._local))
         self._warned: set[str] = set()
@@ -55,7 +55,11 @@ class RunLog:
                     self._warned.add(kind)
                     self.say(f"note: {warning}")
         if time.monotonic() - self._last_upload_s > _UPLOAD_EVERY_S:
-            self.flush()
+            self._last_upload_s = time.monotonic()
+            try:
+                self.flush()
+            except storage.StorageError as error:  # training goes on, and `close` writes all again
+                self.say(f"warning: {error}")
 
     def say(self, text: str) -> None:
         """Print a line of text, above the progress line if there is one."""
@@ -69,15 +73,20 @@ class RunLog:
         storage.write_text(self._folder.file("metrics.jsonl"), "".join(f"{x}\n" for x in lines))
         for file in self._local.iterdir():
             storage.write_bytes(self._folder.file("tensorboard", file.name), file.read_bytes())
-        self._last_upload_s = time.monotonic()
 
     def close(self) -> None:
-        """Write everything and leave nothing behind."""
+        """Write everything and leave nothing behind.
+
+        Raises:
+            StorageError: the run's folder cannot be written.
+        """
         if self._live:
             print(file=self._console)
         self._events.close()
-        self.flush()
-        shutil.rmtree(self._local, ignore_errors=True)
+        try:
+            self.flush()
+        finally:
+            shutil.rmtree(self._local, ignore_errors=True)
 
     def _progress(self, step: int, epoch: float, values: Mapping[str, float]) -> str:
         left_s = (self._total_steps - step) * values[names.STEP_S]

@@ -7,15 +7,19 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pcd_ray import storage
+from pcd_ray.checkpoint import RunFolder, checkpoint_steps
 from pcd_ray.config import Config
-from pcd_ray.data.decode import decode_rgb
+from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.shards import Shards, read_image_bytes
 from pcd_ray.distill.build import LoadedTeacher, Method, build_method, load_teacher
 from pcd_ray.distill.diagnostics import chance_loss
+from pcd_ray.distill.heads import head_from_state
 from pcd_ray.errors import ConfigError
 from pcd_ray.train.optim import peak_learning_rate
 
@@ -45,6 +49,7 @@ class RunPlan:
     """Loss of a student that knows nothing, log(1 + K)."""
     loss_implementation: str
     teacher: dict[str, str]
+    """What it is; ``sha256`` is empty while its head is still to be fitted."""
     teacher_map: tuple[int, int, int]
     student_map: tuple[int, int, int]
     embedding_width: int
@@ -75,7 +80,9 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
     """
     _check_sample(shards, config.data.max_pixels)
     loaded = load_teacher(config.teacher)
-    method = build_method(config, loaded, _stand_in(config, loaded), device=torch.device("cpu"))
+    own_head = _own_head(config) if loaded.identity.head == "pca" else None
+    fitted = own_head or _stand_in(config, loaded)
+    method = build_method(config, loaded, fitted, device=torch.device("cpu"))
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batch = config.train.global_batch_size
     per_epoch = plan.images_per_epoch / batch
@@ -107,6 +114,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
             "source": method.identity.source,
             "licence": method.identity.licence,
             "head": method.identity.head,
+            "sha256": "" if fitted is not own_head else method.identity.sha256,
         },
         teacher_map=method.teacher_map,
         student_map=method.student_map,
@@ -140,6 +148,14 @@ def activation_bytes(network: nn.Module, image_size_px: int) -> int:
     return total
 
 
+def _own_head(config: Config) -> nn.Sequential | None:
+    """Return the head that this run was begun with; None: it is new."""
+    folder = RunFolder.of(config)
+    if not checkpoint_steps(folder) or not storage.exists(folder.teacher_head):
+        return None
+    return head_from_state(safetensors.torch.load(storage.read_bytes(folder.teacher_head)))
+
+
 def _stand_in(config: Config, loaded: LoadedTeacher) -> nn.Sequential | None:
     """Return a head of the fitted one's shape: fitting it is the run's own work."""
     if loaded.identity.head != "pca":
@@ -155,8 +171,11 @@ def _check_sample(shards: Shards, max_pixels: int) -> None:
         [entry["offset"] for entry in sample],
         [entry["size"] for entry in sample],
     )
-    for content in contents:
-        decode_rgb(content, max_pixels=max_pixels)
+    for entry, content in zip(sample, contents, strict=True):
+        try:
+            decode_rgb(content, max_pixels=max_pixels)
+        except UnreadableImage as error:
+            raise unreadable(entry["key"], entry["uri"], str(error)) from error
 
 
 def _parameters(module: nn.Module) -> int:
