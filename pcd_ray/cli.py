@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb needs it, so that ``--help`` is instant.
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ _FORM = "pcd-ray {verb} {target} [dotted.key=value ...] [--json]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in ray_cluster.PASSIVE_THREADS
     given = sys.argv[1:] if argv is None else argv
     # flags may stand anywhere among the overrides: argparse wants them in one place
     options = _parser().parse_args(sorted(given, key=lambda word: word.startswith("--")))
@@ -71,7 +73,7 @@ def _form(verb: str, target: str) -> str:
 
 
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
-    from pcd_ray.demo import demo
+    from pcd_ray.ray_demo import demo
 
     summary: dict[str, Any] = demo(_config(options.words or ["configs/demo.yaml"])).summary()
     return summary

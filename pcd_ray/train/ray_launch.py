@@ -3,7 +3,7 @@
 import json
 import threading
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import ray
@@ -68,6 +68,7 @@ def train(config: Config) -> TrainResult:
     Raises:
         PcdError: what a user can mend; whatever was stored stays.
     """
+    config = _with_absolute_places(config)
     folder = RunFolder.of(config)
     found = _checked(config, folder)
     _prepare_folder(config, folder)
@@ -88,7 +89,24 @@ def dry_run(config: Config) -> RunPlan:
     Raises:
         PcdError: what would stop the run.
     """
+    config = _with_absolute_places(config)
     return _checked(config, RunFolder.of(config)).plan
+
+
+def _with_absolute_places(config: Config) -> Config:
+    """Return the configuration with paths that mean the same in a worker's own folder."""
+
+    def absolute(section: Any, *options: str) -> Any:
+        given = {name: getattr(section, name) for name in options}
+        return replace(section, **{k: storage.absolute(v) for k, v in given.items() if v})
+
+    return replace(
+        config,
+        run=absolute(config.run, "root"),
+        data=absolute(config.data, "shards"),
+        teacher=absolute(config.teacher, "weights"),
+        eval=absolute(config.eval, "knn_train", "knn_test", "segmentation"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
