@@ -172,10 +172,10 @@ def test_the_audit_holds_what_was_read() -> None:
     assert [count for _, count, _ in state.audit.state()] == [20, 20, 8]
 
 
-def test_metrics_come_at_logging_steps_alone_under_their_public_names() -> None:
+def test_metrics_come_at_logging_steps_and_the_last_under_their_public_names() -> None:
     settings = loop_settings(steps=8, log_every_steps=3)
     found = {done.step: done.metrics for done in steps_of(new_state(), settings, stop=8)}
-    assert [step for step, metrics in found.items() if metrics is not None] == [3, 6]
+    assert [step for step, metrics in found.items() if metrics is not None] == [3, 6, 8]
     public = {value for name, value in vars(names).items() if name.isupper() and name[0] != "_"}
     assert set(found[3] or {}) == public - {names.KNN_TOP1, names.KNN1_TOP1}
     assert all(math.isfinite(value) for value in (found[6] or {}).values())

@@ -1,0 +1,171 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pcd_ray import __version__
+from pcd_ray.cli import main
+
+ROOT = Path(__file__).parents[2]
+VERBS = ("demo", "pack", "train", "inspect", "export")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+def in_new_process(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "pcd_ray", *words],
+        capture_output=True, text=True, check=False, timeout=300, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_nothing_that_takes_time(words: list[str]) -> None:
+    code = f"""
+import sys
+from pcd_ray.cli import main
+try:
+    main({words!r})
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+print(sorted({{"ray", "torch", "numpy", "pyarrow", "pydantic", "yaml"}} & set(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_verb_and_its_form(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {verb} " in text for verb in VERBS)
+    for verb in VERBS:
+        with pytest.raises(SystemExit, match="0"):
+            main([verb, "--help"])
+        assert f"Form: pcd-ray {verb}" in capsys.readouterr().out
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"pcd-ray {__version__}\n"
+
+
+def test_flags_may_stand_anywhere(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["--json", "inspect", images],
+        ["inspect", "--json", images],
+        ["inspect", images, "--json"],
+        ["inspect", images, "--traceback", "--json"],
+    ):
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 3
+
+
+def test_a_result_is_a_table_or_json_and_stands_alone_on_stdout(images: str) -> None:
+    found = in_new_process("inspect", images, "--json")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert json.loads(found.stdout) == {
+        "kind": "images",
+        "images": 3,
+        "bytes": sum(path.stat().st_size for path in Path(images).iterdir()),
+        "classes": 0,
+        "formats": {"png": 3},
+    }
+
+
+def test_a_table_has_a_line_for_each_value(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", images]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["kind", "images"],
+        ["images", "3"],
+        ["bytes", str(sum(path.stat().st_size for path in Path(images).iterdir()))],
+        ["classes", "0"],
+        ["formats.png", "3"],
+    ]
+    assert len({line.index(line.split()[1], len(line.split()[0])) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "nowhere"], "nowhere: there is no such file or folder; check the path"),
+        (["inspect"], "got 0 arguments; the form is: pcd-ray inspect PATH"),
+        (["inspect", "a", "b"], "got 2 arguments; the form is: pcd-ray inspect PATH"),
+        (["export"], "got 0 arguments; the form is: pcd-ray export RUN"),
+        (["export", "nowhere"], "nowhere holds no complete checkpoint"),
+        (["export", "nowhere", "export.pth=a"], "did you mean export.path?"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["train", "train.num_wokers=2"], "did you mean train.num_workers?"),
+        (["train", "optim.name=lar"], "optim.name='lar' is not one of 'lars' or 'adamw'"),
+        (["train", "optim.name=lar"], "did you mean 'lars'?"),
+        (["train", "loss.temperature=0"], "loss.temperature must be > 0, got 0.0"),
+        (["train", "train.global_batch_size=10", "train.num_workers=3"], "use 9 or 12"),
+        (["train", "a.yaml", "b.yaml"], "cannot be read"),
+        (["pack", "data.sorces=a"], "did you mean data.sources?"),
+    ],
+)
+def test_a_users_error_is_one_message_and_exit_code_two(
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "nowhere"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["inspect", "nowhere", "--traceback"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert "inspection.py" in err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["train", "--dryrun"], ["pack", "--dry-run"]])
+def test_an_unknown_verb_or_flag_is_refused_with_the_known_ones(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    err = capsys.readouterr().err
+    assert "usage: pcd-ray" in err
+    assert "Traceback" not in err
+
+
+def test_a_script_of_jobs_is_the_verb(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "export.py"), str(tmp_path / "nowhere")],
+        capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert "holds no complete checkpoint" in found.stderr

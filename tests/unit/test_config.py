@@ -1,0 +1,228 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pcd_ray.config import (
+    MAY_CHANGE_ON_RESUME,
+    Config,
+    EvalConfig,
+    changed_options,
+    config_from_argv,
+    config_from_file,
+    config_from_values,
+    config_to_values,
+    option_names,
+    option_value,
+    to_yaml,
+)
+from pcd_ray.errors import ConfigError
+
+
+def problem(values: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_from_values(values)
+    return str(caught.value)
+
+
+def at(name: str, value: Any) -> dict[str, Any]:
+    """Return nested values with one option set."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def test_yaml_of_a_config_is_the_config() -> None:
+    config = config_from_values(
+        {
+            "run": {"name": "a", "seed": 3},
+            "data": {"sources": ["one", {"uri": "two", "weight": 0.5}]},
+            "teacher": {"mean": [0.1, 0.2, 0.3], "kwargs": {"pad_type": "same"}},
+            "optim": {"base_lr": 1e-5},
+        }
+    )
+    assert config_from_values(yaml.safe_load(to_yaml(config))) == config
+    assert config_from_values(config_to_values(config)) == config
+    assert config_from_values({}) == Config()
+
+
+def test_everything_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().loss.temperature = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("loss.temprature", 0.1, "loss.temprature: unknown option; did you mean loss.temperature?"),
+        ("temperature", 0.1, "temperature: unknown option; did you mean loss.temperature?"),
+        ("loss.queue_sise", 9, "did you mean loss.queue_size?"),
+        ("optim.lr", 3.0, "optim.lr: unknown option; did you mean optim.base_lr?"),
+        ("train.base_lr", 3.0, "did you mean optim.base_lr?"),
+        ("techer.arch", "resnet50", "techer: unknown option; did you mean teacher?"),
+        ("student.mhsaa.depth", 1, "student.mhsaa: unknown option; did you mean student.mhsa?"),
+        ("student.mhsa.dept", 1, "did you mean student.mhsa.depth?"),
+        ("zzz", 1, "zzz: unknown option; see the options in pcd_ray/config.py"),
+        ("optim.name", "lar", "optim.name='lar' is not one of 'lars' or 'adamw'; did you mean"),
+        ("pairing.kind", "same_viw", "did you mean 'same_view'?"),
+        ("train.num_workers", "two", "train.num_workers='two': input should be a valid integer"),
+        ("train.num_workers", 1.5, "train.num_workers=1.5: input should be a valid integer"),
+        ("run.name", 2024, "run.name=2024: is no text; quote it: run.name=\"'2024'\""),
+        ("run.name", "a/b", "run.name must be a plain name, got 'a/b'"),
+        ("loss", 3, "loss=3: is a section; write its options as loss.option=value"),
+        ("loss", None, "loss=None: is a section"),
+        ("data.sources", [{"weight": 2}], "data.sources.0.uri: missing; give a value"),
+        ("optim.base_lr", float("inf"), "optim.base_lr=inf: input should be a finite number"),
+        ("loss.temperature", float("nan"), "loss.temperature=nan: input should be a finite"),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_value_and_the_fix(
+    name: str, value: Any, message: str
+) -> None:
+    assert message in problem(at(name, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data.max_bad_fraction", 1.5),
+        ("data.max_pixels", 0),
+        ("data.shard_mib", 0),
+        ("data.images_per_task", 0),
+        ("data.prefetch_batches", -1),
+        ("data.cpus_per_task", 0),
+        ("augment.image_size_px", 4),
+        ("augment.min_scale", 0),
+        ("augment.max_scale", 1.5),
+        ("augment.flip_prob", 1.1),
+        ("augment.hue", 0.6),
+        ("augment.contrast", -0.1),
+        ("teacher.pca_dim", 0),
+        ("teacher.pca_images", 1),
+        ("teacher.pca_whiten", 2),
+        ("teacher.mean", [0, 0, 2]),
+        ("teacher.std", [0, 1, 1]),
+        ("student.mhsa.heads", 0),
+        ("student.mhsa.depth", -1),
+        ("student.head_hidden", -1),
+        ("pairing.radius", 0),
+        ("loss.temperature", 0),
+        ("loss.queue_size", 0),
+        ("optim.base_lr", 0),
+        ("optim.weight_decay", -1),
+        ("optim.warmup_epochs", -1),
+        ("optim.final_lr_fraction", 2),
+        ("optim.clip_grad_norm", -1),
+        ("train.epochs", 0),
+        ("train.num_workers", 0),
+        ("train.accumulation_steps", 0),
+        ("train.log_every_steps", 0),
+        ("train.keep_checkpoints", 0),
+        ("train.max_failures", -1),
+        ("train.cpus_per_worker", -1),
+        ("eval.every_epochs", -1),
+        ("eval.knn_k", 0),
+        ("eval.batch_size", 0),
+        ("eval.image_size_px", -1),
+    ],
+)
+def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
+    section = name.rpartition(".")[0]  # scales are checked as a pair
+    assert section in problem(at(name, value))
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = problem({"loss": {"temperature": 0}, "optim": {"base_lr": -1, "nam": "lars"}})
+    assert found.splitlines() == [
+        "loss.temperature must be > 0, got 0.0",
+        "optim.nam: unknown option; did you mean optim.name?",
+    ]
+    found = problem({"loss": {"temperature": 0}, "optim": {"base_lr": -1}})
+    assert len(found.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "parts", "fix"),
+    [(10, 3, 1, "use 9 or 12"), (10, 2, 3, "use 6 or 12"), (2, 4, 1, "use 4")],
+)
+def test_a_batch_that_does_not_split_names_those_that_do(
+    batch: int, workers: int, parts: int, fix: str
+) -> None:
+    values = {
+        "global_batch_size": batch,
+        "num_workers": workers,
+        "accumulation_steps": parts,
+    }
+    message = problem({"train": values})
+    assert message.startswith(f"train.global_batch_size={batch} does not split over")
+    assert message.endswith(fix)
+
+
+def test_what_is_judged_needs_both_collections() -> None:
+    assert EvalConfig(knn_train="a", knn_test="b").knn_k == 20
+    for name in ("knn_train", "knn_test"):
+        assert "given together with eval.knn_train" in problem({"eval": {name: "a"}})
+
+
+def test_overrides_win_over_the_file_and_are_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("loss: {temperature: 0.1, queue_size: 7}\ntrain:\n")
+    words = ["loss.temperature=1e-1", "train.num_workers=2", "run.name=", "data.sources=[a, b]"]
+    with pytest.raises(ConfigError, match=r"run\.name must be a plain name, got ''"):
+        config_from_file(str(file), words)
+    words[2] = "student.kwargs={output_stride: 16}"
+    config = config_from_argv(["pcd-ray", str(file), *words])
+    assert (config.loss.temperature, config.loss.queue_size) == (0.1, 7)
+    assert config.train.num_workers == 2
+    assert [source.uri for source in config.data.sources] == ["a", "b"]
+    assert config.student.kwargs == {"output_stride": 16}
+    assert config_from_argv(["pcd-ray", "data.sources=one"]).data.sources[0].uri == "one"
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        (None, [], "a.yaml: cannot be read (No such file or directory); give a YAML file"),
+        ("a: [", [], "is not YAML"),
+        ("- a", [], "holds list; give a mapping of sections"),
+        ("", ["loss.temperature"], "'loss.temperature' is no override; write dotted.key=value"),
+        ("", ["=3"], "is no override"),
+        ("", ["loss.temperature=[1"], "the value is not YAML"),
+        ("loss: 3", ["loss.temperature=1"], "loss is 3, not a section"),
+    ],
+)
+def test_a_bad_file_or_override_is_refused_in_words(
+    content: str | None, words: list[str], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        config_from_file(str(file), words)
+    assert message in str(caught.value)
+
+
+def test_changes_are_listed_where_they_matter_and_the_seed_does() -> None:
+    old = config_from_values({"train": {"global_batch_size": 8}})
+    new = config_from_values(
+        {
+            "run": {"name": "other", "seed": 1, "root": "s3://b"},
+            "loss": {"temperature": 0.1},
+            "train": {"global_batch_size": 8, "num_workers": 2, "log_every_steps": 3},
+            "eval": {"every_epochs": 2},
+            "data": {"sources": ["x"], "images_per_task": 3},
+        }
+    )
+    assert changed_options(old, new) == ["run.seed: 0 -> 1", "loss.temperature: 0.2 -> 0.1"]
+    assert changed_options(old, old) == []
+
+
+def test_every_option_has_a_name_that_finds_it_and_harmless_ones_exist() -> None:
+    names = list(option_names())
+    assert len(set(names)) == len(names)
+    for name in names:
+        option_value(Config(), name)
+    sections = {name.rpartition(".")[0] for name in names}
+    assert set(MAY_CHANGE_ON_RESUME) <= {*names, *sections}

@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from stored_run import TEACHER, store_run
+from torch import nn
+
+from pcd_ray.data.packing import pack_part, packed_index, plan_packing
+from pcd_ray.data.shard_writer import publish_shards
+from pcd_ray.data.shards import PackedSource
+from pcd_ray.data.sources import list_sources
+from pcd_ray.distill.backbones import build_backbone
+from pcd_ray.distill.weights import save_teacher
+from pcd_ray.errors import CheckpointError, PcdError, ShardError, WeightsError
+from pcd_ray.export import export
+from pcd_ray.inspection import inspect
+
+
+def write_images(root: Path) -> str:
+    for number, name in enumerate(["left/0.png", "left/1.jpg", "right/2.png"]):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10 + number, 8), (number, 50, 90)).save(path)
+    return str(root)
+
+
+def write_shards(root: Path) -> str:
+    source = write_images(root / "images")
+    plan = plan_packing(list_sources([source]), seed=0, shard_bytes=10**6, max_pixels=10**6)
+    folder = str(root / "packed")
+    records = [pack_part(folder, plan, part) for part in range(len(plan.parts))]
+    index, files = packed_index(plan, records)
+    publish_shards(
+        folder,
+        index=index,
+        sources=[PackedSource(source, 1.0, index.num_rows)],
+        files=files,
+        num_bad=0,
+        plan_hash=plan.plan_hash,
+    )
+    return folder
+
+
+def test_images(tmp_path: Path) -> None:
+    folder = write_images(tmp_path)
+    total = sum(path.stat().st_size for path in tmp_path.rglob("*.*"))
+    found = inspect(folder).summary()
+    formats = {"png": 2, "jpg": 1}
+    assert found == {
+        "kind": "images",
+        "images": 3,
+        "bytes": total,
+        "classes": 2,
+        "formats": formats,
+    }
+
+
+def test_shards_are_verified_to_the_byte(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path)
+    found = inspect(folder).summary()
+    assert (found["kind"], found["images"], found["shards"], found["classes"]) == (
+        "shards",
+        3,
+        1,
+        2,
+    )
+    assert found["sources"] == [{"uri": str(tmp_path / "images"), "images": 3, "weight": 1.0}]
+    (file,) = Path(folder).glob("shard-*.parquet")
+    assert found["bytes"] == file.stat().st_size
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ShardError, match="has changed since it was packed"):
+        inspect(folder)
+
+
+def test_weights_of_timm(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=0)
+    path = tmp_path / "body.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    found = inspect(str(path)).summary()
+    assert (found["kind"], found["layout"], found["output_width"]) == ("weights", "timm", None)
+    assert found["tensors"] == len(model.state_dict())
+    assert found["network"] == "not said in the file; give teacher.arch"
+    assert found["head"] == "none: set teacher.head=pca or none"
+    assert found["licence"] == "unknown"
+
+
+def test_a_teacher_of_ours(tmp_path: Path) -> None:
+    path = str(tmp_path / "teacher.safetensors")
+    head = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 6))
+    save_teacher(path, build_backbone("test_resnet"), head, activation="gelu", licence="MIT")
+    found = inspect(path).summary()
+    assert (found["layout"], found["network"]) == ("pcd_ray", "test_resnet")
+    assert (found["licence"], found["output_width"]) == ("MIT", 6)
+    assert found["head"] == ["Linear 64-16", "GELU", "Linear 16-6"]
+
+
+def test_a_run_its_checkpoint_and_what_it_exported(tmp_path: Path) -> None:
+    folder, student = store_run(tmp_path, 3, 12)
+    run = inspect(folder.uri).summary()
+    assert (run["kind"], run["step"], run["checkpoints"]) == ("run", 12, [3, 12])
+    assert (run["student"], run["teacher"]) == ("test_resnet", TEACHER)
+    one = inspect(folder.file("checkpoints", "step_00000003")).summary()
+    assert (one["kind"], one["step"], one["checkpoints"]) == ("checkpoint", 3, [3])
+    exported = inspect(export(folder.uri).path).summary()
+    assert (exported["kind"], exported["network"]) == ("weights", "test_resnet")
+    assert exported["licence"] == TEACHER["licence"]
+    body = student.backbone.body.state_dict()
+    assert exported["parameters"] == sum(value.numel() for value in body.values())
+
+
+def test_a_damaged_checkpoint_is_not_called_whole(tmp_path: Path) -> None:
+    folder, _ = store_run(tmp_path, 3)
+    uri = folder.file("checkpoints", "step_00000003")
+    (Path(uri) / "state.pt").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="its hash differs"):
+        inspect(uri)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        inspect(folder.uri)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "message"),
+    [
+        ("missing", None, PcdError, "there is no such file or folder; check the path"),
+        ("empty.pth", b"", WeightsError, "is empty"),
+        ("junk.safetensors", b"x" * 100, WeightsError, "junk.safetensors is no torch file"),
+        ("notes.jpg", b"text", PcdError, "notes.jpg is a file of no kind"),
+        ("notes.md", b"text", PcdError, "notes.md is a file of no kind"),
+        ("folder/notes.md", b"text", ShardError, "holds no image"),
+    ],
+)
+def test_what_is_nothing_of_ours_is_refused_in_words(
+    name: str, content: bytes | None, kind: type[PcdError], message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(kind, match=message):
+        inspect(str(tmp_path / name.partition("/")[0]))
+
+
+def test_a_pickle_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (open, (str(tmp_path / "ran"),))
+
+    torch.save({"weights": Trap()}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="not unpickled freely"):
+        inspect(str(tmp_path / "a.pth"))
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,88 @@
+import pytest
+
+from pcd_ray.errors import ClusterError
+from pcd_ray.ray_cluster import ClusterResources, WorkerShare, share_for_workers
+
+LAPTOP = ClusterResources(cpus=2, gpus=0, nodes=1)
+
+
+def share(have: ClusterResources, num_workers: int, **settings: float | str) -> WorkerShare:
+    values = {"device": "auto", "cpus_per_worker": 0.0, "threads_per_worker": 0}
+    values |= {"cpus_per_data_task": 1.0} | settings  # type: ignore[arg-type]
+    return share_for_workers(have, num_workers=num_workers, **values)  # type: ignore[arg-type]
+
+
+def room(have: ClusterResources, num_workers: int, **settings: float | str) -> float:
+    """CPUs that are left to data tasks."""
+    return have.cpus - num_workers * share(have, num_workers, **settings).cpus
+
+
+def test_two_workers_on_two_cores_leave_room_for_two_data_tasks() -> None:
+    assert share(LAPTOP, 2) == WorkerShare(device="cpu", cpus=0.0, threads=1)
+    assert room(LAPTOP, 2) == 2
+    assert share(LAPTOP, 1).threads == 2
+
+
+@pytest.mark.parametrize(("cpus", "nodes", "workers"), [(8, 1, 2), (64, 4, 8), (6, 2, 6)])
+def test_on_larger_clusters_half_is_left_to_data(cpus: float, nodes: int, workers: int) -> None:
+    have = ClusterResources(cpus, 0, nodes)
+    assert room(have, workers) == pytest.approx(cpus / 2, abs=1e-2)
+    per_node = -(-workers // nodes)
+    assert share(have, workers).threads == max(1, int(cpus / nodes) // per_node)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "expected"), [(64, 8, 1.0), (9, 8, 0.5), (2, 1, 0.5), (1, 1, 0.0)]
+)
+def test_beside_a_gpu_a_worker_takes_one_cpu_at_most(
+    cpus: float, gpus: int, expected: float
+) -> None:
+    have = ClusterResources(cpus, gpus, 1)
+    assert share(have, gpus).device == "cuda"
+    assert share(have, gpus).cpus == expected
+    assert room(have, gpus) >= 1
+
+
+def test_what_the_user_says_counts() -> None:
+    have = ClusterResources(16, 2, 1)
+    given = share(have, 2, device="cpu", cpus_per_worker=3.0, threads_per_worker=5)
+    assert given == WorkerShare(device="cpu", cpus=3.0, threads=5)
+    assert share(LAPTOP, 5, cpus_per_worker=0.1).cpus == 0.1  # cores may be shared on purpose
+
+
+def test_ray_is_never_asked_for_nothing() -> None:
+    assert share(LAPTOP, 2).resources == {"CPU": 0.0, "memory": 1}
+
+
+@pytest.mark.parametrize(
+    ("have", "workers", "settings", "message"),
+    [
+        (
+            LAPTOP,
+            3,
+            {},
+            "train.num_workers=3 on CPUs need one each, the cluster has 2; use train.num_workers=2",
+        ),
+        (
+            LAPTOP,
+            2,
+            {"cpus_per_worker": 1.0},
+            "train.num_workers=2 x 1 CPUs and one data task of data.cpus_per_task=1 need 3 CPUs, "
+            "the cluster has 2; lower train.num_workers, train.cpus_per_worker",
+        ),
+        (LAPTOP, 1, {"cpus_per_data_task": 4.0}, "need 4 CPUs, the cluster has 2"),
+        (
+            ClusterResources(64, 4, 1),
+            8,
+            {},
+            "need 8 GPUs, the cluster has 4; use train.num_workers=4",
+        ),
+        (LAPTOP, 1, {"device": "cuda"}, "has 0; use train.num_workers=1 and train.device=cpu"),
+    ],
+)
+def test_more_than_there_is_is_refused_with_numbers_and_the_fix(
+    have: ClusterResources, workers: int, settings: dict[str, float | str], message: str
+) -> None:
+    with pytest.raises(ClusterError) as caught:
+        share(have, workers, **settings)
+    assert message in str(caught.value)

@@ -1,0 +1,119 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pcd_ray import storage
+from pcd_ray.storage import StorageError, StoredFile
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    uri = storage.join(str(tmp_path), "new", "folder", "a.bin")
+    storage.write_bytes(uri, bytes(range(200)))
+    assert storage.read_bytes(uri) == bytes(range(200))
+    assert storage.read_bytes(uri, offset=10, length=5) == bytes(range(10, 15))
+    assert storage.read_bytes(uri, offset=190) == bytes(range(190, 200))
+    storage.write_text(uri, "caf\u00e9\n")
+    assert storage.read_text(uri) == "caf\u00e9\n"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "a.txt")
+    storage.write_text(uri, "old")
+
+    def no_space(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, no_space)
+    with pytest.raises(StorageError, match=r"a.txt cannot be written: .*No space left.*free space"):
+        storage.write_text(uri, "new, and longer")
+    assert storage.read_text(uri) == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_write_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, replace = str(tmp_path / "a.txt"), os.replace
+    storage.write_text(uri, "old")
+
+    def looked_at(source: str, target: str) -> None:
+        assert Path(source).read_text() == "new" * 1000  # whole before it takes the name
+        assert Path(uri).read_text() == "old"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", looked_at)
+    storage.write_text(uri, "new" * 1000)
+    assert storage.read_text(uri) == "new" * 1000
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    folder = str(tmp_path / "file" / "run")
+    with pytest.raises(StorageError, match=r"file/run/\S+ cannot be written.*check the path"):
+        storage.check_writable(folder)
+    storage.check_writable(str(tmp_path / "run"))
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_what_is_missing_is_no_error_where_nothing_is_asked_of_it(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    assert not storage.exists(missing)
+    assert not storage.is_folder(missing)
+    assert storage.list_files(missing) == []
+    storage.delete_file(missing)
+    storage.delete_folder(missing)
+    with pytest.raises(StorageError, match="missing cannot be read"):
+        storage.read_bytes(missing)
+
+
+def test_files_are_listed_below_a_folder_and_deleted_with_it(tmp_path: Path) -> None:
+    for name, size in [("b", 2), ("sub/a", 1), ("sub/deep/c", 3)]:
+        storage.write_bytes(str(tmp_path / "top" / name), b"x" * size)
+    top = str(tmp_path / "top")
+    assert storage.is_folder(top)
+    expected = [
+        StoredFile(f"{top}/b", 2),
+        StoredFile(f"{top}/sub/a", 1),
+        StoredFile(f"{top}/sub/deep/c", 3),
+    ]
+    assert storage.list_files(top + "/") == storage.list_files(f"file://{top}") == expected
+    assert storage.list_files(top, recursive=False) == expected[:1]
+    storage.delete_file(f"{top}/sub")  # no file
+    assert storage.list_files(top) == expected
+    storage.delete_folder(f"{top}/sub")
+    storage.delete_folder(f"{top}/b")  # no folder
+    assert storage.list_files(top) == expected[:1]
+
+
+def test_local_uris_mean_the_same_in_every_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_text("a/b.txt", "here")
+    for uri in ("a/b.txt", f"{tmp_path}/a/b.txt", f"file://{tmp_path}/a/b.txt", "~/a/b.txt"):
+        assert storage.absolute(uri) == f"{tmp_path}/a/b.txt"
+        assert storage.read_text(uri) == "here"
+        assert not storage.is_remote(uri)
+
+
+def test_remote_uris_keep_their_query_at_the_end() -> None:
+    bucket = "s3://bucket/runs?endpoint_override=host:9000&scheme=http"
+    joined = storage.join(bucket, "a", "b.pt")
+    assert joined == "s3://bucket/runs/a/b.pt?endpoint_override=host:9000&scheme=http"
+    assert storage.name_of(joined) == "b.pt"
+    assert storage.parent(joined) == storage.join(bucket, "a")
+    assert storage.parent(storage.parent(joined)) == bucket
+    assert storage.parent("s3://bucket/a/b/") == "s3://bucket/a"
+    assert storage.join("s3://bucket/", "a") == "s3://bucket/a"
+    assert storage.absolute("s3://bucket/runs/") == "s3://bucket/runs"
+    assert storage.is_remote(bucket)
+    assert storage.name_of("runs/a/") == "a"
+
+
+def test_an_unknown_scheme_is_refused_in_words() -> None:
+    with pytest.raises(StorageError, match=r"ftp2://host/a cannot be opened.*check the path"):
+        storage.exists("ftp2://host/a")
