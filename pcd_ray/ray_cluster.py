@@ -49,7 +49,7 @@ def connect() -> ClusterResources:
     """Join the cluster of ``RAY_ADDRESS``, or start Ray on this machine; twice is once.
 
     Raises:
-        ClusterError: the named cluster does not answer.
+        ClusterError: the named cluster does not answer, or Ray does not start here.
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or "local"
@@ -65,7 +65,12 @@ def connect() -> ClusterResources:
                 include_dashboard=False if alone else None,
                 object_store_memory=_object_store_bytes() if alone else None,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray's own kinds, and bare ones when it starts too slowly
+            if alone:
+                raise ClusterError(
+                    f"Ray cannot be started on this machine ({error}); it may be too busy or short "
+                    "of memory or disk: free some and try again"
+                ) from error
             raise ClusterError(
                 f"the Ray cluster at RAY_ADDRESS={address!r} does not answer ({error}); check the "
                 "address, export RAY_AUTH_MODE=token if it asks for one, or unset RAY_ADDRESS"
