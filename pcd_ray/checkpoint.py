@@ -142,13 +142,20 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run; damaged ones are passed over.
 
     Raises:
-        CheckpointError: it is of another format: passing it over would start the run anew.
+        CheckpointError: it is of another format, or none is whole: passing over what is there
+            would start the run anew.
     """
+    damaged: list[str] = []
     for step in reversed(checkpoint_steps(folder)):
         try:
             return load_checkpoint(storage.join(folder.checkpoints, checkpoint_name(step)))
-        except DamagedCheckpointError:
-            continue
+        except DamagedCheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointError(
+            f"{folder.uri}: none of its checkpoints is whole ({damaged[0]}); choose another "
+            "run.name, or delete its checkpoints folder to start anew"
+        )
     return None
 
 
@@ -193,6 +200,6 @@ def _about(uri: str) -> dict[str, Any] | None:
     mark = storage.join(uri, "checkpoint.json")
     try:
         content = json.loads(storage.read_text(mark)) if storage.exists(mark) else None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, storage.NotTextError):
         return None
     return content if isinstance(content, dict) else None

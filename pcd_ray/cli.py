@@ -32,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if options.traceback:
+            traceback.print_exc()
+        story = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        print(f"unexpected {type(error).__name__}: {story} (see --traceback)", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -75,7 +81,9 @@ def _form(verb: str, target: str) -> str:
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.ray_demo import demo
 
-    summary: dict[str, Any] = demo(_config(options.words or ["configs/demo.yaml"])).summary()
+    named = bool(options.words) and "=" not in options.words[0]
+    words = options.words if named else ["configs/demo.yaml", *options.words]
+    summary: dict[str, Any] = demo(_config(words)).summary()
     return summary
 
 
@@ -135,11 +143,25 @@ def _one(words: Sequence[str], form: str) -> str:
 
 
 def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
-    """Print nested plain data as aligned lines, one value each."""
+    """Print scores as a table of networks, everything else as aligned lines, one value each."""
+    scores = {name: value for name, value in summary.items() if _is_scores(value)}
+    if scores:
+        print(f"{'':<24}" + "".join(f"{name:>12}" for name in _NETWORKS))
+        for name, value in scores.items():
+            print(f"{name:<24}" + "".join(f"{value[network]:>12.1f}" for network in _NETWORKS))
+        print()
+    summary = {name: value for name, value in summary.items() if name not in scores}
     rows = list(_rows(summary, prefix))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+_NETWORKS = ("untrained", "student", "teacher")
+
+
+def _is_scores(value: object) -> bool:
+    return isinstance(value, dict) and tuple(value) == _NETWORKS
 
 
 def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:

@@ -401,7 +401,7 @@ class EvalConfig:
     """Height to which its images are resized; 0 keeps theirs."""
     image_size_px: int = 0
     """Side of the centre crop for kNN; 0 takes ``augment.image_size_px``."""
-    batch_size: int = 64
+    images_per_forward: int = 64
     """Images per forward pass of an evaluation."""
 
     def __post_init__(self) -> None:
@@ -414,7 +414,9 @@ class EvalConfig:
             self.segmentation_size_px,
             ">= 0",
         )
-        _require(self.batch_size > 0, "eval.batch_size", self.batch_size, "> 0")
+        _require(
+            self.images_per_forward > 0, "eval.images_per_forward", self.images_per_forward, "> 0"
+        )
         _require(
             bool(self.knn_train) == bool(self.knn_test),
             "eval.knn_test",

@@ -20,6 +20,10 @@ class StorageError(PcdError):
     """A file or folder cannot be read or written."""
 
 
+class NotTextError(PcdError):
+    """A file that should be text is not."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredFile:
     """One file of a listing."""
@@ -105,7 +109,10 @@ def read_bytes(uri: str, *, offset: int = 0, length: int | None = None) -> bytes
 
 def read_text(uri: str) -> str:
     """Return a UTF-8 file's text."""
-    return read_bytes(uri).decode()
+    try:
+        return read_bytes(uri).decode()
+    except UnicodeDecodeError as error:
+        raise NotTextError(f"{uri} is no UTF-8 text ({error.reason}); give a text file") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -77,11 +77,15 @@ def build_backbone(
         body = timm.create_model(
             name, pretrained=pretrained, num_classes=0, global_pool="", **(kwargs or {})
         )
-    except TypeError as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ConfigError(f"timm's {name} refuses kwargs={kwargs}: {error}") from error
     except AssertionError as error:  # of its pooling, which some networks cannot do without
-        raise ConfigError(f"{name} cannot be cut to a map ({error}); {_OTHER}") from error
+        raise ConfigError(
+            f"{name} with kwargs={kwargs} cannot be cut to a map ({error}); {_OTHER}"
+        ) from error
     except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise ConfigError(f"timm's {name} with kwargs={kwargs} fails: {error}") from error
         raise ConfigError(
             f"timm's pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}); "
             "give a local file in teacher.weights, or let this machine reach timm's hub"

@@ -1,7 +1,9 @@
 """Config -> teacher, student, queue; the only file of this folder that knows Config."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +75,7 @@ def load_teacher(teacher: TeacherConfig) -> LoadedTeacher:
             "give its path or URI"
         )
     file = read_weights(teacher.weights) if teacher.weights else None
-    about = dict(file.metadata.get(METADATA_KEY, {})) if file else {}
+    about = _about(file) if file else {}
     backbone = build_backbone(
         release.timm_name if release else teacher.arch,
         pretrained=file is None,
@@ -115,8 +117,8 @@ def build_student(config: Config, shapes: list[MlpShape]) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.run.seed, "student"))
         backbone = build_backbone(student.backbone, kwargs=student.kwargs)
-        freeze_unused(backbone, config.augment.image_size_px)
         channels = map_shape(backbone, config.augment.image_size_px)[0]
+        freeze_unused(backbone, config.augment.image_size_px)
         neck = MhsaNeck(channels, depth=student.mhsa.depth, heads=student.mhsa.heads)
         built = Student(backbone, neck, mirrored_head(channels, shapes))
     if config.train.channels_last:
@@ -172,6 +174,17 @@ def build_method(
         student_map=student_map,
         teacher_map=teacher_map,
     )
+
+
+def _about(file: WeightsFile) -> dict[str, Any]:
+    """Return what a file says of itself: a teacher of ours, or a student that we exported."""
+    said = file.metadata
+    if METADATA_KEY in said:
+        return dict(said[METADATA_KEY])
+    if not str(said.get("made_by", "")).startswith("pcd_ray"):
+        return {}  # other programs write these entries in forms of their own
+    about: dict[str, Any] = {name: json.loads(said[name]) for name in ("mean", "std")}
+    return about | {"licence": said.get("teacher_licence")}
 
 
 def _load_file(file: WeightsFile, backbone: Backbone, arch: str) -> TeacherParts:

@@ -26,11 +26,6 @@ class Pairs:
     """(B, N) 1 where a student position has a positive, else 0; None: all have."""
 
 
-def uses_two_crops(kind: str) -> bool:
-    """Say whether student and teacher are fed different crops of an image."""
-    return kind != "same_view"
-
-
 def pair_positions(
     kind: str,
     student_box: Tensor,

@@ -4,6 +4,7 @@ The untrained student, the distilled student and the teacher are judged alike, o
 their frozen backbones.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +14,14 @@ import ray
 import torch
 
 from pcd_ray import storage
-from pcd_ray.checkpoint import RunFolder, find_checkpoint
+from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
-from pcd_ray.distill.backbones import Backbone
+from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.build import build_student, load_teacher
+from pcd_ray.errors import ConfigError, PcdError, TrainingError
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps, segmentation_grid, views_grid
 from pcd_ray.evaluate.ray_knn import knn_scores, open_knn_images
@@ -30,16 +32,19 @@ from pcd_ray.ray_cluster import PASSIVE_THREADS
 NETWORKS = ("untrained", "student", "teacher")
 _FIGURE_IMAGES = 6
 _FIGURE_SCENES = 4
+_FIGURE_ZOOM = 3  # side of those images, in sides of training views
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """What a run is worth; everything in percent."""
 
+    step: int
+    """Step of the checkpoint that was judged."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metric -> network -> value, e.g. ``knn_top1`` and ``segmentation_miou``."""
-    segmentation_classes: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Class -> network -> IoU on the validation split."""
+    segmentation_classes: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Class -> network -> IoU on the validation split; None: it occurs nowhere."""
 
 
 def judge(config: Config, *, device: str, cpus: float) -> Judgement:
@@ -62,16 +67,29 @@ def judge(config: Config, *, device: str, cpus: float) -> Judgement:
     try:
         result: Judgement = ray.get(task.remote(config, device))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # our own errors speak for themselves
+        if isinstance(error.cause, PcdError):
+            raise error.cause from error  # our own errors speak for themselves
+        raise _not_judged(error) from error
+    except ray.exceptions.RayError as error:
+        raise _not_judged(error) from error
     return result
+
+
+def _not_judged(error: Exception) -> TrainingError:
+    story = str(error).strip().splitlines() or [type(error).__name__]
+    return TrainingError(
+        f"the run is finished and stored, but could not be judged ({story[-1]}); the same command "
+        "judges it again"
+    )
 
 
 def _judge(config: Config, device: str) -> Judgement:
     torch.set_num_threads(os.cpu_count() or 1)  # nothing else computes now
     place = torch.device(device)
-    networks = _networks(config, place)
+    stored = find_checkpoint(RunFolder.of(config).uri)
+    networks = _networks(config, stored, place)
     scores = _knn(config, networks, place)
-    classes: dict[str, dict[str, float]] = {}
+    classes: dict[str, dict[str, float | None]] = {}
     if config.eval.segmentation:
         data = open_segmentation(config.eval.segmentation, size_px=config.eval.segmentation_size_px)
         probes = _probes(config, data, networks)
@@ -80,11 +98,10 @@ def _judge(config: Config, device: str) -> Judgement:
         _draw_predictions(config, data, networks, probes)
     _draw_views(config)
     _draw_maps(config, networks, place)
-    return Judgement(scores, classes)
+    return Judgement(int(stored.about["step"]), scores, classes)
 
 
-def _networks(config: Config, device: torch.device) -> dict[str, Backbone]:
-    stored = find_checkpoint(RunFolder.of(config).uri)
+def _networks(config: Config, stored: Checkpoint, device: torch.device) -> dict[str, Backbone]:
     untrained, student = build_student(config, []), build_student(config, [])
     prefix = "backbone."
     student.backbone.load_state_dict(
@@ -144,9 +161,13 @@ def _segmentation_scores(probes: dict[str, ProbeResult]) -> dict[str, dict[str, 
 
 def _class_scores(
     probes: dict[str, ProbeResult], data: SegmentationData
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
+    def score(probe: ProbeResult, name: str) -> float | None:
+        value = probe.scores["val"].iou_pct[name]
+        return None if math.isnan(value) else value
+
     return {
-        name: {network: probe.scores["val"].iou_pct[name] for network, probe in probes.items()}
+        name: {network: score(probe, name) for network, probe in probes.items()}
         for name in data.classes
     }
 
@@ -196,7 +217,8 @@ def _draw_views(config: Config) -> None:
 
 def _draw_maps(config: Config, networks: dict[str, Backbone], device: torch.device) -> None:
     """Draw PCA colour maps of all networks on the same images."""
-    images = _figure_images(config)
+    large = _takes_any_size(networks, _FIGURE_ZOOM * config.augment.image_size_px)
+    images = _figure_images(config, large=large)
     maps = {
         name: frozen_map(network, torch.from_numpy(images).to(device)).cpu()
         for name, network in networks.items()
@@ -205,10 +227,18 @@ def _draw_maps(config: Config, networks: dict[str, Backbone], device: torch.devi
     storage.write_bytes(RunFolder.of(config).file("figures", "pca_maps.png"), png)
 
 
-def _figure_images(config: Config) -> np.ndarray[Any, Any]:
-    """Return a few packed images, larger than in training: a finer map is easier to read."""
+def _takes_any_size(networks: dict[str, Backbone], size: int) -> bool:
+    try:
+        shapes = [map_shape(network, size) for network in networks.values()]
+    except ConfigError:  # a network made for one size
+        return False
+    return bool(shapes)
+
+
+def _figure_images(config: Config, *, large: bool) -> np.ndarray[Any, Any]:
+    """Return a few packed images; where networks allow, ``large``: a finer map is easier read."""
     shards = open_shards(config.data.shards)
-    size = 3 * config.augment.image_size_px
+    size = config.augment.image_size_px * (_FIGURE_ZOOM if large else 1)
     rows = np.linspace(0, shards.num_images - 1, _FIGURE_IMAGES).astype(np.int64)
     batches = eval_batches(
         shards.index, rows, size_px=size, batch_size=_FIGURE_IMAGES, data=config.data

@@ -97,7 +97,7 @@ def _features(
         index,
         rows,
         size_px=config.eval.image_size_px or config.augment.image_size_px,
-        batch_size=config.eval.batch_size,
+        batch_size=config.eval.images_per_forward,
         data=config.data,
     )
     return pooled_features(

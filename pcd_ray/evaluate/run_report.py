@@ -92,7 +92,7 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     classes = summary.get("segmentation_classes") or {}
     if classes:
         rows = [
-            (name, *(f"{scores[network]:.1f}" for network in _NETWORKS))
+            (name, *("-" if scores[n] is None else f"{scores[n]:.1f}" for n in _NETWORKS))
             for name, scores in classes.items()
         ]
         tables.append(Table("Segmentation by class: IoU %, validation", header, rows))

@@ -87,7 +87,10 @@ class TrainState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         unwrapped(self.student).load_state_dict(state["student"], strict=True)
+        settings = [_without_params(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # the run's options hold, not those of the stored groups
         self.queue.load_state_dict(state["queue"])
         self.step = int(state["step"])
         self.audit = SeenAudit(state["audit"] if _rank() == 0 else [])
@@ -360,6 +363,10 @@ def _merged_audit(audit: SeenAudit) -> SeenAudit:
     return (
         SeenAudit().merge([SeenAudit(state) for state in states]) if _rank() == 0 else SeenAudit()
     )
+
+
+def _without_params(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def _rank() -> int:

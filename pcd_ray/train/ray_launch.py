@@ -25,7 +25,9 @@ from pcd_ray.config import Config, changed_options, config_to_values, to_yaml
 from pcd_ray.data.shards import Shards, open_shards
 from pcd_ray.errors import CheckpointError, PcdError, TrainingError
 from pcd_ray.evaluate.ray_judge import Judgement, judge
+from pcd_ray.evaluate.ray_knn import open_knn_images
 from pcd_ray.evaluate.run_report import write_report
+from pcd_ray.evaluate.segmentation_data import open_segmentation
 from pcd_ray.export import student_of
 from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare, connect, share_for_workers
 from pcd_ray.train import metrics as names
@@ -35,6 +37,7 @@ from pcd_ray.train.run_log import RunLog
 from pcd_ray.train.run_plan import RunPlan, plan_run
 
 _POLL_S = 0.5
+_RAY_LIST = "checkpoint_manager_snapshot.json"  # where Ray Train notes its checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,9 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     if not config.data.shards:
         raise errors.ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
     shards = open_shards(config.data.shards)
+    open_knn_images(config)
+    if config.eval.segmentation:
+        open_segmentation(config.eval.segmentation)
     storage.check_writable(folder.uri)
     stored = latest_checkpoint(folder)
     guarded = None if config.run.allow_changes else stored
@@ -137,6 +143,10 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
         threads_per_worker=config.train.threads_per_worker,
         cpus_per_data_task=config.data.cpus_per_task,
     )
+    if config.train.sync_batchnorm and share.device == "cpu":
+        raise errors.ConfigError(
+            "train.sync_batchnorm=true works on cuda alone; set it to false or train.device=cuda"
+        )
     plan = plan_run(config, shards, device=share.device)
     if guarded and plan.teacher["sha256"] not in ("", guarded.about["teacher"]["sha256"]):
         place = config.teacher.weights or config.teacher.arch
@@ -162,12 +172,17 @@ def _refuse(folder: RunFolder, stored: Checkpoint, changes: list[str]) -> NoRetu
 
 
 def _prepare_folder(config: Config, folder: RunFolder) -> None:
+    """Take away what an earlier try left that must not count; never a file that is not ours."""
     storage.delete_file(folder.file(FAILURE_FILE))
-    if not checkpoint_steps(folder):  # nothing to go on with: nothing of an earlier try counts
+    # checkpoints are found and kept by what lies in the folder: Ray's own list of them could name
+    # one that is damaged or gone, and would then refuse to start
+    storage.delete_file(storage.join(folder.checkpoints, _RAY_LIST))
+    if not checkpoint_steps(folder):  # nothing to go on with
         for uri in (folder.teacher_head, *map(folder.file, ("references.json", "metrics.jsonl"))):
             storage.delete_file(uri)
-        storage.delete_folder(folder.file("tensorboard"))
-        storage.delete_folder(folder.checkpoints)
+        for file in storage.list_files(folder.file("tensorboard")):
+            if storage.name_of(file.uri).startswith("events.out.tfevents"):
+                storage.delete_file(file.uri)
     storage.write_text(folder.file("config.yaml"), to_yaml(config))
 
 
@@ -195,7 +210,6 @@ def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> 
             storage_path=folder.uri,
             worker_runtime_env={"env_vars": PASSIVE_THREADS},  # type: ignore[call-arg]
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
         ),
     )
     cause: Exception | None = None
@@ -215,7 +229,12 @@ def _listen(receiver: EventReceiver, log: RunLog, finished: threading.Event) -> 
     last = False
     while not last:
         last = finished.wait(_POLL_S)
-        for event in receiver.take():
+        try:
+            events = receiver.take()
+        except ray.exceptions.RayError as error:
+            log.say(f"warning: metrics are no longer received ({_last_line(error)})")
+            return
+        for event in events:
             if event.kind == "metrics":
                 log.metrics(event.step, event.epoch, event.values)
             elif event.kind == "resumed":
@@ -251,7 +270,7 @@ def _finish(
     judgement: Judgement,
     history: list[dict[str, Any]],
 ) -> TrainResult:
-    step = checkpoint_steps(folder)[-1]
+    step = judgement.step
     result = TrainResult(
         path=folder.uri,
         checkpoint=storage.join(folder.checkpoints, checkpoint_name(step)),

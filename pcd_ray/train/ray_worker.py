@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointUploadMode
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from pcd_ray import __version__, storage
 from pcd_ray.checkpoint import (
     RunFolder,
     checkpoint_name,
+    checkpoint_steps,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -34,7 +36,7 @@ from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import LoadedTeacher, Method, build_method, fit_head, load_teacher
 from pcd_ray.distill.heads import head_from_state
 from pcd_ray.distill.weights import tensors_sha256
-from pcd_ray.errors import PcdError, TrainingError
+from pcd_ray.errors import CheckpointError, PcdError, TrainingError
 from pcd_ray.evaluate.ray_knn import KnnImages, knn_scores, open_knn_images
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train import metrics as names
@@ -217,7 +219,7 @@ class _Run:
             self.shards.index,
             rows,
             size_px=config.augment.image_size_px,
-            batch_size=config.eval.batch_size,
+            batch_size=config.eval.images_per_forward,
             data=config.data,
         ):
             yield torch.from_numpy(views).to(self.place.device)
@@ -226,7 +228,7 @@ class _Run:
         config, device = self.config, self.place.device
         student = self.method.student
         if config.train.sync_batchnorm and device.type == "cuda":
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            student = convert_sync_batchnorm(student)
         if config.train.compile:
             self.method.teacher.compile()
         wrapped = wrap_student(student, device=device, compiled=config.train.compile)
@@ -243,7 +245,13 @@ class _Run:
         if uri is None:
             return
         stored = found or load_checkpoint(uri)
-        self.state.load_state_dict(stored.state)
+        try:
+            self.state.load_state_dict(stored.state)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{uri} does not fit the networks or optimiser of these settings "
+                f"({str(error).splitlines()[0]}); set them back, or choose another run.name"
+            ) from error
         self._reported_step = self.state.step
         self.events.say(f"resumed at step {self.state.step} of {self.total_steps}")
 
@@ -340,6 +348,8 @@ def _write(
     uri = storage.join(folder.checkpoints, name)
     shutil.rmtree(placeholder.path, ignore_errors=True)
     save_checkpoint(uri, state, about, config)
+    for step in checkpoint_steps(folder)[: -config.train.keep_checkpoints]:
+        storage.delete_folder(storage.join(folder.checkpoints, checkpoint_name(step)))
     filesystem, path = storage.filesystem(uri)
     return RayCheckpoint(path, filesystem=filesystem)
 

@@ -34,12 +34,15 @@ class RunLog:
         self._local = Path(tempfile.mkdtemp(prefix="pcd_ray_events_"))
         self._events = SummaryWriter(str(self._local))
         self._warned: set[str] = set()
+        self._first: tuple[int, float] | None = None  # step and time of this sitting's first line
         self._last_upload_s = time.monotonic()
         self.history = _read_history(folder)
         """Lines of metrics so far, one mapping each."""
 
     def resume_at(self, step: int) -> None:
         """Forget what was measured after a step."""
+        self._events.close()
+        self._events = SummaryWriter(str(self._local), purge_step=step + 1)
         self.history = [line for line in self.history if line["step"] <= step]
 
     def metrics(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -89,7 +92,7 @@ class RunLog:
             shutil.rmtree(self._local, ignore_errors=True)
 
     def _progress(self, step: int, epoch: float, values: Mapping[str, float]) -> str:
-        left_s = (self._total_steps - step) * values[names.STEP_S]
+        left_s = (self._total_steps - step) * self._step_s(step, values)
         quality = next(
             (
                 f"kNN {line[names.KNN_TOP1]:.1f}%"
@@ -105,6 +108,14 @@ class RunLog:
             f"loss {values[names.LOSS]:.3f} ({values[names.LOSS_ABOVE_FLOOR]:+.3f} above floor) | "
             f"{quality}"
         )
+
+    def _step_s(self, step: int, values: Mapping[str, float]) -> float:
+        """Return the time per step of this sitting, evaluations and checkpoints included."""
+        now = time.monotonic()
+        if self._first is None or self._first[0] >= step:
+            self._first = (step, now)
+            return values[names.STEP_S]
+        return (now - self._first[1]) / (step - self._first[0])
 
     def _show(self, line: str) -> None:
         if self._live:

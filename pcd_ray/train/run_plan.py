@@ -83,6 +83,19 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
     own_head = _own_head(config) if loaded.identity.head == "pca" else None
     fitted = own_head or _stand_in(config, loaded)
     method = build_method(config, loaded, fitted, device=torch.device("cpu"))
+    teacher = {
+        "arch": method.identity.arch,
+        "source": method.identity.source,
+        "licence": method.identity.licence,
+        "head": method.identity.head,
+        "sha256": "" if fitted is not own_head else method.identity.sha256,
+    }
+    return _plan_of(config, shards, method, teacher=teacher, device=device)
+
+
+def _plan_of(
+    config: Config, shards: Shards, method: Method, *, teacher: dict[str, str], device: str
+) -> RunPlan:
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batch = config.train.global_batch_size
     per_epoch = plan.images_per_epoch / batch
@@ -109,13 +122,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         queue_fill_steps=math.ceil(config.loss.queue_size / batch),
         chance_loss=round(chance_loss(config.loss.queue_size), 3),
         loss_implementation=method.settings.implementation,
-        teacher={
-            "arch": method.identity.arch,
-            "source": method.identity.source,
-            "licence": method.identity.licence,
-            "head": method.identity.head,
-            "sha256": "" if fitted is not own_head else method.identity.sha256,
-        },
+        teacher=teacher,
         teacher_map=method.teacher_map,
         student_map=method.student_map,
         embedding_width=method.queue.negatives.shape[1],

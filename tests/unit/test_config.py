@@ -124,7 +124,7 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
         ("train.cpus_per_worker", -1),
         ("eval.every_epochs", -1),
         ("eval.knn_k", 0),
-        ("eval.batch_size", 0),
+        ("eval.images_per_forward", 0),
         ("eval.image_size_px", -1),
     ],
 )

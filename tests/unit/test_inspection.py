@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_not_called_whole(tmp_path: Path) -> None:
     (Path(uri) / "state.pt").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="its hash differs"):
         inspect(uri)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
         inspect(folder.uri)
 
 

@@ -3,7 +3,7 @@ import reference
 import torch
 from torch import Tensor
 
-from pcd_ray.distill.pairing import KINDS, Pairs, pair_positions, pick, uses_two_crops
+from pcd_ray.distill.pairing import Pairs, pair_positions, pick
 
 GRIDS = [(7, 7), (5, 3), (1, 4)]
 
@@ -92,7 +92,3 @@ def test_pick_takes_the_pixel_of_each_position() -> None:
     for b in range(5):
         for i in range(12):
             assert torch.equal(picked[b, i], pixels[b, pairs.positions[b, i]])
-
-
-def test_only_same_view_is_one_crop() -> None:
-    assert [uses_two_crops(kind) for kind in KINDS] == [False, True, True]
