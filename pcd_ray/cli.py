@@ -157,6 +157,7 @@ def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
         print(f"{name:<{width}}  {value}")
 
 
+_LONGEST = 160  # characters of one value in a table
 _NETWORKS = ("untrained", "student", "teacher")
 
 
@@ -172,5 +173,7 @@ def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
         elif isinstance(value, float):
             rows.append((prefix + name, f"{value:.4g}"))
         else:
-            rows.append((prefix + name, str(value)))
+            text = str(value)
+            whole = len(text) <= _LONGEST
+            rows.append((prefix + name, text if whole else f"{text[:_LONGEST]}... (see --json)"))
     return rows

@@ -174,9 +174,6 @@ def _refuse(folder: RunFolder, stored: Checkpoint, changes: list[str]) -> NoRetu
 def _prepare_folder(config: Config, folder: RunFolder) -> None:
     """Take away what an earlier try left that must not count; never a file that is not ours."""
     storage.delete_file(folder.file(FAILURE_FILE))
-    # checkpoints are found and kept by what lies in the folder: Ray's own list of them could name
-    # one that is damaged or gone, and would then refuse to start
-    storage.delete_file(storage.join(folder.checkpoints, _RAY_LIST))
     if not checkpoint_steps(folder):  # nothing to go on with
         for uri in (folder.teacher_head, *map(folder.file, ("references.json", "metrics.jsonl"))):
             storage.delete_file(uri)
@@ -188,6 +185,9 @@ def _prepare_folder(config: Config, folder: RunFolder) -> None:
 
 def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> None:
     """Run the trainer, passing on what the workers tell, and explain how it failed if it did."""
+    # checkpoints are found and kept by what lies in the folder: Ray's own list of them could name
+    # one that is damaged or gone, and would then refuse to start
+    storage.delete_file(storage.join(folder.checkpoints, _RAY_LIST))
     mailbox = f"pcd_ray_{uuid.uuid4().hex}"
     receiver = EventReceiver(mailbox)
     finished = threading.Event()
