@@ -52,10 +52,15 @@ def test_lines_and_events_hold_what_was_measured(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars(names.KNN_TOP1)] == [(20, 40.0)]
 
 
-def test_the_progress_line_says_how_far_how_long_and_how_good() -> None:
+def test_the_progress_line_says_how_far_how_long_and_how_good(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pcd_ray.train.run_log.time.monotonic", lambda: now[0])
     console = io.StringIO()
-    log = new_log(Path("unused"), console)
+    log = new_log(tmp_path, console)
     log.metrics(1100, 2.5, values())
+    now[0] += (1985 - 1100) * 2  # as long as the steps themselves take
     log.metrics(1150, 2.625, {names.KNN_TOP1: 41.25})
     log.metrics(1985, 3.0, values())
     assert console.getvalue().splitlines() == [

@@ -1,0 +1,50 @@
+"""Processes of this machine, by what /proc says; for tests that end some of them."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def train_workers(ancestor: int) -> list[int]:
+    """Return the Ray Train workers that descend from a process: other runs' are left alone."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and "RayTrainWorker" in _title(folder):
+            pid = int(folder.name)
+            if ancestor in _ancestors(pid):
+                found.append(pid)
+    return sorted(found)
+
+
+def wait_for(happened: Callable[[], bool], *, timeout_s: float) -> None:
+    """Look again and again, as often as a file system allows, until something has happened.
+
+    Raises:
+        TimeoutError: it did not.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not happened():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing happened within {timeout_s} s")
+        pause.wait(0.005)
+
+
+def _title(folder: Path) -> str:
+    try:
+        return (folder / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
+def _ancestors(pid: int) -> list[int]:
+    found: list[int] = []
+    while pid > 1:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            break
+        pid = int(status.partition("PPid:")[2].split()[0])
+        found.append(pid)
+    return found
