@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb needs it, so that ``--help`` is instant.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(sorted(given, key=lambda word: word.startswith("--")))
     verb: Callable[[argparse.Namespace], dict[str, Any]] = options.run
     try:
-        summary = verb(options)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what befell its workers
+            summary = verb(options)
     except PcdError as error:
         if options.traceback:
             traceback.print_exc()
