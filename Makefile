@@ -13,7 +13,7 @@ help:  ## list the targets
 setup: $(READY)  ## create .venv and install the package with its tools
 
 demo: setup  ## distil a student offline on generated scenes and write a report
-	$(BIN)/pcd-ray demo configs/demo.yaml
+	$(BIN)/pcd-ray demo
 
 check: setup  ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -36,5 +36,6 @@ $(READY): pyproject.toml constraints.txt
 		echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; \
 		exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	# compat: by path, so that the package is found also from the folder that holds its clone
+	$(BIN)/python -m pip install -q -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@

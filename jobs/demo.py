@@ -1,6 +1,6 @@
 """Run the offline demo.
 
-Run: python jobs/demo.py configs/demo.yaml
+Run: python jobs/demo.py run.root=s3://bucket/runs
 """
 
 import sys

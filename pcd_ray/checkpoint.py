@@ -1,9 +1,9 @@
 """A run on storage: its folder, and checkpoints that are whole or not there.
 
-A checkpoint is a folder ``step_00001234`` with ``state.pt`` (student, optimiser, queue, step,
-audit: plain tensors and numbers), ``config.yaml`` (all options) and, written last,
-``checkpoint.json`` (format, step, teacher, hash of the state): a folder without a valid one does
-not count.
+A checkpoint is a folder ``step_00001234`` with ``state.pt`` (student, its moving average where one
+is kept, optimiser, queues, step, audit: plain tensors and numbers), ``config.yaml`` (all options)
+and, written last, ``checkpoint.json`` (format, step, teachers, hash of the state): a folder without
+a valid one does not count.
 """
 
 import hashlib
@@ -11,8 +11,8 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from pcd_ray import storage
 from pcd_ray.config import Config, config_from_values, to_yaml
 from pcd_ray.errors import CheckpointError, ConfigError
 
-FORMAT = 1
+FORMAT = 2
+"""1 had one head and one queue: written before a student could have two teachers."""
 _MARK = re.compile(r"/step_(\d+)/checkpoint\.json$")
 
 
@@ -51,10 +52,12 @@ class RunFolder:
         """URI of the folder that holds the checkpoints."""
         return self.file("checkpoints")
 
-    @property
-    def teacher_head(self) -> str:
-        """URI of the teacher's fitted head: part of the run, which must not fit another later."""
-        return self.file("teacher_head.safetensors")
+    def fitted_head(self, teacher: str) -> str:
+        """Return the URI of a teacher's fitted head, by the name of the teacher's section.
+
+        It is part of the run, which must not fit another later.
+        """
+        return self.file(f"{teacher}_head.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,33 @@ class Checkpoint:
     about: dict[str, Any]
     """What ``checkpoint.json`` says: step, epoch, teacher, metrics, versions."""
     config: Config
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+    """URI of each newer checkpoint of the run that was found damaged -> what is wrong with it."""
+
+    @property
+    def has_average(self) -> bool:
+        """Whether it holds a moving average of the student."""
+        return "average" in self.state
+
+    def student_weights(self, kind: str = "auto") -> dict[str, Tensor]:
+        """Return the student's weights.
+
+        Args:
+            kind: ``ema``, the moving average; ``raw``, the student itself; ``auto``, what is
+                judged: the moving average where there is one.
+
+        Raises:
+            CheckpointError: there is no moving average.
+        """
+        if kind == "ema" and not self.has_average:
+            raise CheckpointError(
+                f"export.weights=ema, but {self.uri} holds no moving average; take "
+                "export.weights=auto, or train with student.ema"
+            )
+        weights: dict[str, Tensor] = self.state[
+            "average" if self.has_average and kind != "raw" else "student"
+        ]
+        return weights
 
 
 def checkpoint_name(step: int) -> str:
@@ -115,8 +145,9 @@ def load_checkpoint(uri: str) -> Checkpoint:
         )
     if about.get("format") != FORMAT:
         raise CheckpointError(
-            f"{uri} has checkpoint format {about.get('format')}, this version reads {FORMAT}; "
-            "use the version of pcd_ray that wrote it"
+            f"{uri} has checkpoint format {about.get('format')}, this version reads {FORMAT} "
+            "(since 2 with a head and a queue for each teacher); use the version of pcd_ray that "
+            "wrote it"
         )
     data = _read(uri, "state.pt")
     if hashlib.sha256(data).hexdigest() != about.get("state_sha256"):
@@ -132,7 +163,7 @@ def load_checkpoint(uri: str) -> Checkpoint:
 
 def checkpoint_steps(folder: RunFolder) -> list[int]:
     """Return the steps of all complete checkpoints of a run, ascending."""
-    paths = [file.uri.partition("?")[0] for file in storage.list_files(folder.checkpoints)]
+    paths = [storage.split_query(file.uri)[0] for file in storage.list_files(folder.checkpoints)]
     found = (_MARK.search(path) for path in paths)
     steps = sorted(int(match[1]) for match in found if match)
     return [s for s in steps if _about(storage.join(folder.checkpoints, checkpoint_name(s)))]
@@ -145,18 +176,41 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
         CheckpointError: it is of another format, or none is whole: passing over what is there
             would start the run anew.
     """
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     for step in reversed(checkpoint_steps(folder)):
+        uri = storage.join(folder.checkpoints, checkpoint_name(step))
         try:
-            return load_checkpoint(storage.join(folder.checkpoints, checkpoint_name(step)))
+            return replace(load_checkpoint(uri), passed_over=damaged)
         except DamagedCheckpointError as error:
-            damaged.append(str(error))
+            damaged[uri] = str(error)
     if damaged:
+        story = next(iter(damaged.values()))
         raise CheckpointError(
-            f"{folder.uri}: none of its checkpoints is whole ({damaged[0]}); choose another "
+            f"{folder.uri}: none of its checkpoints is whole ({story}); choose another "
             "run.name, or delete its checkpoints folder to start anew"
         )
     return None
+
+
+def prune_checkpoints(
+    folder: RunFolder, *, written: int, keep: int, damaged: Iterable[str] = ()
+) -> None:
+    """Delete what a checkpoint that has just been written makes superfluous.
+
+    Args:
+        folder: the run's.
+        written: step of the new checkpoint. What lies beyond it may be damaged, and counts for
+            nothing: it would take the place of a good one.
+        keep: how many checkpoints stay, the new one among them.
+        damaged: URIs that were passed over when the run resumed; one that has been written anew
+            stays.
+    """
+    for uri in damaged:
+        if storage.name_of(uri) != checkpoint_name(written):
+            storage.delete_folder(uri)
+    steps = [step for step in checkpoint_steps(folder) if step <= written]
+    for step in steps[:-keep]:
+        storage.delete_folder(storage.join(folder.checkpoints, checkpoint_name(step)))
 
 
 def find_checkpoint(uri: str) -> Checkpoint:

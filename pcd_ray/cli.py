@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pcd_ray import __version__
-from pcd_ray.errors import PcdError
+from pcd_ray.errors import ConfigError, PcdError
 
+# beside the package in a checkout, which is how it is installed, and in a job's working folder
+_DEMO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "demo.yaml")
 _FORM = "pcd-ray {verb} {target} [dotted.key=value ...] [--json]"
 
 
@@ -72,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--dry-run", action="store_true", help="check everything, print the plan, stop"
             )
+        if name == "inspect":
+            verb.add_argument(
+                "--verify", action="store_true", help="read every byte of shards against its hash"
+            )
         verb.set_defaults(run=run)
     return parser
 
@@ -84,7 +90,7 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.ray_demo import demo
 
     named = bool(options.words) and "=" not in options.words[0]
-    words = options.words if named else ["configs/demo.yaml", *options.words]
+    words = options.words if named else [_DEMO, *options.words]
     summary: dict[str, Any] = demo(_config(words)).summary()
     return summary
 
@@ -111,16 +117,25 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.inspection import inspect
 
-    return inspect(_one(options.words, "inspect PATH")).summary()
+    return inspect(_one(options.words, "inspect PATH"), verify=options.verify).summary()
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from pcd_ray.config import config_from_file
-    from pcd_ray.export import export
+    from pcd_ray.checkpoint import find_checkpoint
+    from pcd_ray.config import Config, overridden
+    from pcd_ray.export import export_checkpoint
+    from pcd_ray.storage import absolute
 
     run, *overrides = options.words or [""]
     _one([run] if run else [], "export RUN")
-    return export(run, config_from_file("", overrides).export).summary()
+    for word in overrides:
+        if not word.startswith("export."):
+            raise ConfigError(
+                f"{word!r} is none of export.*; a trained run's other options are settled: drop it"
+            )
+    overridden(Config(), overrides)  # a wrong option is told before a checkpoint is read
+    stored = find_checkpoint(absolute(run))
+    return export_checkpoint(stored, overridden(stored.config, overrides).export).summary()
 
 
 _VERBS: tuple[tuple[str, str, Callable[[argparse.Namespace], dict[str, Any]], str], ...] = (
@@ -148,9 +163,9 @@ def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
     """Print scores as a table of networks, everything else as aligned lines, one value each."""
     scores = {name: value for name, value in summary.items() if _is_scores(value)}
     if scores:
-        print(f"{'':<24}" + "".join(f"{name:>12}" for name in _NETWORKS))
+        print(f"{'':<24}" + "".join(f"{name:>12}" for name in next(iter(scores.values()))))
         for name, value in scores.items():
-            print(f"{name:<24}" + "".join(f"{value[network]:>12.1f}" for network in _NETWORKS))
+            print(f"{name:<24}" + "".join(f"{score:>12.1f}" for score in value.values()))
         print()
     summary = {name: value for name, value in summary.items() if name not in scores}
     rows = list(_rows(summary, prefix))
@@ -164,7 +179,7 @@ _NETWORKS = ("untrained", "student", "teacher")
 
 
 def _is_scores(value: object) -> bool:
-    return isinstance(value, dict) and tuple(value) == _NETWORKS
+    return isinstance(value, dict) and tuple(value)[:3] == _NETWORKS
 
 
 def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:

@@ -9,12 +9,15 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pcd_ray.errors import ConfigError
+
+_PILLOWS_LIMIT_PX = 178_956_970  # it refuses larger images, twice its MAX_IMAGE_PIXELS
 
 _FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -66,15 +69,18 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     """Share of unreadable images above which ``pack`` stops, in [0, 1]."""
     max_pixels: int = 100_000_000
-    """Images with more pixels (width x height) are refused as unreadable."""
+    """Images with more pixels (width x height) are refused as unreadable; at most 178,956,970,
+    beyond which Pillow reads none."""
     shard_mib: int = 128
     """Encoded bytes per shard, in MiB, before rounding to whole images."""
     images_per_task: int = 128
     """Images that one Ray Data task reads, decodes and augments; also the size of its block."""
     prefetch_batches: int = 2
-    """Batches kept ready on each training worker."""
-    cpus_per_task: float = 1.0
-    """CPUs that one Ray Data task reserves."""
+    """Batches kept ready on each training worker, rounded up to whole blocks of
+    ``images_per_task``; 0: none."""
+    cpus_per_task: float = 0.5
+    """CPUs that one Ray Data task reserves. Ray Data hands out the next task up to 0.1 s after one
+    ends: with half a CPU each, another one uses the core meanwhile."""
 
     def __post_init__(self) -> None:
         _require(
@@ -83,7 +89,12 @@ class DataConfig:
             self.max_bad_fraction,
             "in [0, 1]",
         )
-        _require(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "> 0")
+        _require(
+            0 < self.max_pixels <= _PILLOWS_LIMIT_PX,
+            "data.max_pixels",
+            self.max_pixels,
+            f"in [1, {_PILLOWS_LIMIT_PX}], the most that Pillow reads",
+        )
         _require(self.shard_mib > 0, "data.shard_mib", self.shard_mib, "> 0")
         _require(self.images_per_task > 0, "data.images_per_task", self.images_per_task, "> 0")
         _require(self.prefetch_batches >= 0, "data.prefetch_batches", self.prefetch_batches, ">= 0")
@@ -165,6 +176,62 @@ class AdaptorConfig:
     rule: Literal["gate", "tangent", "naive"] = "gate"
     """Rule for activations: ``gate`` [code] and ``tangent`` [ours] preserve the mean, ``naive``
     applies them pixel by pixel and does not (the ablation)."""
+    layers: int = 0
+    """Linear layers of the head that are kept, from the first; 0: all. Norm and activation behind
+    each stay, but behind the last only its norm; the student's head mirrors what is kept. [ours]"""
+    final_norm: bool = True
+    """Keep a norm behind the last kept Linear; the released code drops MoCo v3's by accident."""
+    gate_mean: Literal["image", "window"] = "image"
+    """Where the mean is taken: over the whole map, which the law needs, or around each position,
+    which breaks it unless the window covers the map (an ablation). [ours]"""
+    gate_window: int = 3
+    """Side of that window in positions, odd; it ends where the map does."""
+
+    def __post_init__(self) -> None:
+        _require(self.layers >= 0, "teacher.adaptor.layers", self.layers, ">= 0")
+        _require(
+            self.gate_window > 0 and self.gate_window % 2 == 1,
+            "teacher.adaptor.gate_window",
+            self.gate_window,
+            "odd and > 0",
+        )
+        _require(
+            self.gate_mean == "image" or self.rule != "naive",
+            "teacher.adaptor.gate_mean",
+            self.gate_mean,
+            "image with teacher.adaptor.rule=naive, which takes no mean",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadFitConfig:
+    """The head of a teacher that published none, fitted when a run begins [ours]."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    dim: int = 256
+    """Width of the head."""
+    images: int = 1024
+    """Images that it is fitted on; fewer when there are fewer."""
+    whiten: float = 0.0
+    """``pca``: exponent in [0, 1] of whitening: components are divided by (standard
+    deviation)^this."""
+    hidden: int = 2048
+    """``contrastive``: width of the hidden layer."""
+    views: int = 4
+    """``contrastive``: augmented views of each image whose features are kept."""
+    steps: int = 1000
+    """``contrastive``: optimiser steps, on cached features: minutes at most."""
+    temperature: float = 0.2
+    """``contrastive``: softmax temperature between views, > 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden", "steps"):
+            _require(getattr(self, name) > 0, f"teacher.fit.{name}", getattr(self, name), "> 0")
+        for name in ("images", "views"):
+            _require(getattr(self, name) > 1, f"teacher.fit.{name}", getattr(self, name), "> 1")
+        _require(0 <= self.whiten <= 1, "teacher.fit.whiten", self.whiten, "in [0, 1]")
+        _require(self.temperature > 0, "teacher.fit.temperature", self.temperature, "> 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,10 +240,11 @@ class TeacherConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
-    arch: str = "mocov3_resnet50"
-    """A published release (``mocov3_resnet50``) or any timm model name."""
+    arch: str = ""
+    """timm model name; empty: what the weights file says, where its keys tell."""
     weights: str = ""
-    """Its weights file (.safetensors, .pth), any URI; empty takes timm's own pretrained ones."""
+    """Its weights file (.safetensors, .pth) as published, any URI; empty takes timm's own
+    pretrained ones of ``arch``."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of ``timm.create_model``, e.g. ``{pad_type: same}``."""
     mean: tuple[float, float, float] | None = None
@@ -186,23 +254,31 @@ class TeacherConfig:
     licence: str = ""
     """Licence of the weights, kept in checkpoints and exports; default: what the release or timm
     says, else ``unknown``."""
-    head: Literal["auto", "published", "pca", "none"] = "auto"
-    """Projection head: the one in the weights (``published``), principal components of its own
-    pixels fitted at the start (``pca``), bare features (``none``); ``auto`` takes the first that
-    the weights allow of ``published`` and ``pca``."""
-    pca_dim: int = 256
-    """Width of the ``pca`` head."""
-    pca_images: int = 1024
-    """Images that the ``pca`` head is fitted on; fewer when there are fewer."""
-    pca_whiten: float = 0.0
-    """Exponent in [0, 1] of whitening: components are divided by (standard deviation)^this."""
+    head: Literal["auto", "published", "pca", "contrastive", "none"] = "auto"
+    """Projection head: the one in the weights (``published``; of timm's networks: CLIP's projection
+    to text, and the layers between pooling and classifier), principal components of its own pixels
+    (``pca``) or an MLP that matches views of an image (``contrastive``), both fitted when the run
+    begins, or bare features (``none``); ``auto`` takes ``published`` where the weights hold a
+    projection, else ``pca``."""
+    fit: HeadFitConfig = field(default_factory=HeadFitConfig)
+    """How a ``pca`` or ``contrastive`` head is fitted."""
+    projection_dim: int = 0
+    """Width of a fixed random orthogonal projection behind the head, for 8192-wide ones; no layer
+    of the student's mirrored head is wider then. 0: none. [ours]"""
+    tokens: Literal["auto", "recentred", "patches"] = "auto"
+    """Map of a network that pools itself, by a class token or attention: positions shifted so that
+    their mean is its own vector (``recentred`` [ours]: the law then holds against the head of that
+    vector), or bare ones (``patches``); ``auto`` recentres where a published head was trained on
+    that vector. Register tokens are never part of the map."""
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
     """How its head takes maps."""
+    weight: float = 1.0
+    """Weight of its loss where two teachers' losses are added up; weights are taken as they are
+    given, not divided by their sum. [ours]"""
 
     def __post_init__(self) -> None:
-        _require(self.pca_dim > 0, "teacher.pca_dim", self.pca_dim, "> 0")
-        _require(self.pca_images > 1, "teacher.pca_images", self.pca_images, "> 1")
-        _require(0 <= self.pca_whiten <= 1, "teacher.pca_whiten", self.pca_whiten, "in [0, 1]")
+        _require(self.weight > 0, "teacher.weight", self.weight, "> 0")
+        _require(self.projection_dim >= 0, "teacher.projection_dim", self.projection_dim, ">= 0")
         for name in ("mean", "std"):
             values = getattr(self, name)
             ok = values is None or all(0 <= v <= 1 for v in values)
@@ -238,15 +314,47 @@ class StudentConfig:
     """Any timm model name."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of ``timm.create_model``."""
+    output_stride: Literal[0, 8, 16, 32] = 0
+    """Pixels per position of its map, each way; 0: the network's own. Where timm can widen the
+    network's strides, it does; elsewhere the map of an earlier stage is taken, and the stages
+    behind it are not trained. [ours]"""
+    grid: Literal["pool", "interpolate", "upsample"] = "pool"
+    """Where student and teacher maps differ in size: the teacher's is averaged over the student's
+    cells (``pool``), or sampled at their centres (``interpolate``), or the student's is enlarged to
+    the teacher's size (``upsample``). The mean of the teacher's map is kept by all. [ours]"""
     mhsa: MhsaConfig = field(default_factory=MhsaConfig)
     """The attention neck between backbone and head."""
     head_hidden: int = 0
-    """Hidden width of a two-layer head for a teacher without layers to mirror; 0: one layer."""
+    """Hidden width of its projection head; 0: the teacher's own widths, or a head of one layer for
+    a teacher without layers to mirror."""
+    head_norm: Literal["mirror", "on", "off"] = "mirror"
+    """BatchNorm behind the projection head's last layer: where the teacher has one, always, or
+    never."""
     predictor: bool = True
     """Mirror the teacher's predictor too, where it has one. [code]"""
+    predictor_hidden: int = 0
+    """Hidden width of a predictor behind the projection head; 0: the teacher's own, and none where
+    it has none. [code] gives SwAV one of 2048."""
+    ema: float = 0.0
+    """Decay in [0, 1) of a moving average of its weights and BatchNorm statistics, which is judged
+    and exported instead of it; 0: none. [ours]"""
 
     def __post_init__(self) -> None:
-        _require(self.head_hidden >= 0, "student.head_hidden", self.head_hidden, ">= 0")
+        for name in ("head_hidden", "predictor_hidden"):
+            _require(getattr(self, name) >= 0, f"student.{name}", getattr(self, name), ">= 0")
+        _require(
+            self.predictor or not self.predictor_hidden,
+            "student.predictor_hidden",
+            self.predictor_hidden,
+            "0 where student.predictor is false",
+        )
+        _require(
+            not (self.output_stride and "output_stride" in self.kwargs),
+            "student.output_stride",
+            self.output_stride,
+            "0 where student.kwargs holds output_stride",
+        )
+        _require(0 <= self.ema < 1, "student.ema", self.ema, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -435,6 +543,8 @@ class ExportConfig:
     """File to write; empty: ``exported/BACKBONE.safetensors`` in the run's folder."""
     keep_neck: bool = False
     """Write the MHSA neck too, to a second file beside it."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """The student's moving average, the student itself, or the first that there is (``auto``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -451,6 +561,9 @@ class Config:
     """Views."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen network."""
+    teacher_2: TeacherConfig | None = None
+    """A second frozen network, with a head of the student's, a queue and a weight of its own; the
+    losses are added up. None: one teacher. [ours]"""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The network that learns."""
     pairing: PairingConfig = field(default_factory=PairingConfig)
@@ -466,6 +579,12 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     """The student file."""
 
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers that there are, by the names of their sections."""
+        both = {"teacher": self.teacher, "teacher_2": self.teacher_2}
+        return {name: teacher for name, teacher in both.items() if teacher is not None}
+
 
 MAY_CHANGE_ON_RESUME = (
     "run",
@@ -479,6 +598,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.cpus_per_task",
     "loss.implementation",
     "teacher.weights",
+    "teacher_2.weights",
     "train.num_workers",
     "train.accumulation_steps",
     "train.device",
@@ -491,8 +611,8 @@ MAY_CHANGE_ON_RESUME = (
     "eval",
     "export",
 )
-"""Options that a resumed run may set anew. ``data.shards`` and ``teacher.weights`` are places: what
-lies there is compared by content hash instead. ``run.seed`` matters and is compared."""
+"""Options that a resumed run may set anew. ``data.shards`` and teachers' ``weights`` are places:
+what lies there is compared by content hash instead. ``run.seed`` matters and is compared."""
 
 
 def config_from_values(values: dict[str, Any]) -> Config:
@@ -538,6 +658,18 @@ def config_from_file(path: str, overrides: Sequence[str] = ()) -> Config:
     return config_from_values(values)
 
 
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a Config with ``dotted.key=value`` overrides applied.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    values = config_to_values(config)
+    for override in overrides:
+        _apply(values, override)
+    return config_from_values(values)
+
+
 def config_from_argv(argv: Sequence[str]) -> Config:
     """Return a Config from ``[script, CONFIG.yaml, dotted.key=value, ...]``."""
     words = list(argv[1:])
@@ -548,16 +680,25 @@ def config_from_argv(argv: Sequence[str]) -> Config:
 def option_names(kind: Any = Config, prefix: str = "") -> Iterator[str]:
     """Yield the dotted name of every option."""
     for item in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(item.type):
-            yield from option_names(item.type, f"{prefix}{item.name}.")
+        section = _section(item.type)
+        if section is not None:
+            yield from option_names(section, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name
 
 
 def changed_options(old: Config, new: Config) -> list[str]:
     """Return a line for each option that matters and differs, ``name: old -> new``."""
-    lines = []
+    lines, one_sided = [], set()
+    for section in ("teacher_2",):  # not every run has it
+        given = [getattr(config, section) is not None for config in (old, new)]
+        if given[0] != given[1]:
+            words = ["given" if each else "none" for each in given]
+            lines.append(f"{section}: {words[0]} -> {words[1]}")
+            one_sided.add(section)
     for name in option_names():
+        if name.partition(".")[0] in one_sided:
+            continue
         harmless = name.startswith(tuple(f"{key}." for key in MAY_CHANGE_ON_RESUME))
         if (harmless or name in MAY_CHANGE_ON_RESUME) and name != "run.seed":
             continue
@@ -568,16 +709,22 @@ def changed_options(old: Config, new: Config) -> list[str]:
 
 
 def option_value(config: Config, name: str) -> Any:
-    """Return the value of a dotted option name."""
+    """Return the value of a dotted option name; None in a section that is not given."""
     value: Any = config
     for part in name.split("."):
-        value = getattr(value, part)
+        value = None if value is None else getattr(value, part)
     return value
 
 
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML, defaults included."""
     return str(yaml.safe_dump(config_to_values(config), sort_keys=False))
+
+
+def _section(kind: Any) -> Any:
+    """Return the dataclass of a section, one that may be left out included; None: an option."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next((k for k in kinds if dataclasses.is_dataclass(k)), None)
 
 
 def _require(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -626,7 +773,9 @@ def _problem(item: dict[str, Any]) -> str:
         allowed = str(item["ctx"]["expected"])
         return f"{path}={value!r} is not one of {allowed}{_nearest(str(value), allowed)}"
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        story = str(item["ctx"]["error"])
+        second = path.startswith("teacher_2") and story.startswith("teacher.")
+        return story.replace("teacher.", "teacher_2.", 1) if second else story
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; give a value"
     if item["type"] == "dataclass_type":

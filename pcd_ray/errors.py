@@ -1,5 +1,8 @@
 """The errors a user can cause: each message says what, the value and the fix."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PcdError(Exception):
     """Base of every error that is shown without a traceback and exits with code 2."""
@@ -27,3 +30,12 @@ class ClusterError(PcdError):
 
 class TrainingError(PcdError):
     """Training stopped because its numbers are no longer finite or its workers failed."""
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Put an option's name before the message of our own errors."""
+    try:
+        yield
+    except PcdError as error:
+        raise type(error)(f"{option}: {error}") from error

@@ -7,11 +7,12 @@ from typing import Any
 from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps, find_checkpoint
 from pcd_ray.data.image_index import classes_of, column
-from pcd_ray.data.shards import MANIFEST, verify_shards
-from pcd_ray.data.sources import LIST_SUFFIXES, list_images
+from pcd_ray.data.shards import MANIFEST, open_shards, verify_shards
+from pcd_ray.data.sources import LIST_SUFFIXES, is_list, list_images
 from pcd_ray.distill.heads import output_width
 from pcd_ray.distill.spatial_adaptor import layer_names
-from pcd_ray.distill.weights import METADATA_KEY, RELEASES, read_weights, take_apart
+from pcd_ray.distill.teacher_parts import headless_words, take_apart
+from pcd_ray.distill.weights import read_weights
 from pcd_ray.errors import PcdError
 
 _WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
@@ -30,8 +31,12 @@ class InspectResult:
         return {"kind": self.kind, **self.facts}
 
 
-def inspect(uri: str) -> InspectResult:
+def inspect(uri: str, *, verify: bool = False) -> InspectResult:
     """Say what a file or folder is.
+
+    Args:
+        uri: a folder of images, a list of images, packed shards, weights, a checkpoint or a run.
+        verify: read every byte of shards against their hashes, which takes as long as reading.
 
     Raises:
         PcdError: it is missing, damaged, or none of the things that pcd_ray knows.
@@ -40,14 +45,14 @@ def inspect(uri: str) -> InspectResult:
     if not storage.exists(uri):
         raise PcdError(f"{uri}: there is no such file or folder; check the path")
     if storage.exists(storage.join(uri, MANIFEST)):
-        return _shards(uri)
+        return _shards(uri, verify=verify)
     if storage.exists(storage.join(uri, "checkpoint.json")):
         return _checkpoint(uri, "checkpoint")
     if checkpoint_steps(RunFolder(uri)):
         return _checkpoint(uri, "run")
-    if uri.lower().endswith(_WEIGHTS_SUFFIXES):
+    if is_weights(uri):
         return _weights(uri)
-    if not storage.is_folder(uri) and not uri.lower().endswith(LIST_SUFFIXES):
+    if not storage.is_folder(uri) and not is_list(uri):
         raise PcdError(
             f"{uri} is a file of no kind that pcd_ray knows; give weights "
             f"({', '.join(_WEIGHTS_SUFFIXES)}), a list of images ({', '.join(LIST_SUFFIXES)}) "
@@ -56,8 +61,13 @@ def inspect(uri: str) -> InspectResult:
     return _images(uri)
 
 
-def _shards(uri: str) -> InspectResult:
-    shards = verify_shards(uri)
+def is_weights(uri: str) -> bool:
+    """Say whether a URI names a weights file."""
+    return storage.name_of(uri).lower().endswith(_WEIGHTS_SUFFIXES)
+
+
+def _shards(uri: str, *, verify: bool) -> InspectResult:
+    shards = verify_shards(uri) if verify else open_shards(uri)
     return InspectResult(
         "shards",
         {
@@ -70,7 +80,9 @@ def _shards(uri: str) -> InspectResult:
                 {"uri": s.uri, "images": s.images, "weight": s.weight} for s in shards.sources
             ],
             "content_hash": shards.content_hash,
-            "verified": "all hashes match",
+            "verified": "all hashes match"
+            if verify
+            else "manifest, index and sizes; every byte with --verify",
         },
     )
 
@@ -92,23 +104,21 @@ def _images(uri: str) -> InspectResult:
 def _weights(uri: str) -> InspectResult:
     file = read_weights(uri)
     parts = take_apart(file)
-    release = next(iter(RELEASES.values())) if parts.layout == "mocov3" else None
-    own = file.metadata.get(METADATA_KEY, {})
     head = list(parts.head) if parts.head is not None else []
+    network = parts.network
+    if isinstance(network, str):
+        network = f"not known: {network}; set teacher.arch"
     return InspectResult(
         "weights",
         {
-            "layout": parts.layout,
-            "method": release.method if release else own.get("method", "unknown"),
-            "network": (release.timm_name if release else own.get("arch"))
-            or file.metadata.get("timm_name", "not said in the file; give teacher.arch"),
+            "method": "not said: a bare backbone" if parts.layout == "timm" else parts.layout,
+            "network": str(network),
             "tensors": len(file.tensors),
             "parameters": sum(value.numel() for value in parts.backbone.values()),
-            "head": layer_names(head) or "none: set teacher.head=pca or none",
+            "head": layer_names(head) or f"none: {headless_words(parts)}",
             "output_width": output_width(parts.head, 0) if parts.head is not None else None,
             "unused": parts.unused,
-            "licence": (release.licence if release else own.get("licence"))
-            or file.metadata.get("teacher_licence", "unknown"),
+            "licence": parts.licence or "unknown",
             "sha256": file.sha256,
         },
     )
@@ -117,7 +127,8 @@ def _weights(uri: str) -> InspectResult:
 def _checkpoint(uri: str, kind: str) -> InspectResult:
     stored = find_checkpoint(uri)
     steps = checkpoint_steps(RunFolder(uri)) if kind == "run" else [stored.about["step"]]
-    facts = {key: stored.about[key] for key in ("step", "total_steps", "epoch", "teacher")}
+    keys = ("step", "total_steps", "epoch", *stored.config.teachers)
+    facts = {key: stored.about[key] for key in keys}
     return InspectResult(
         kind,
         facts
@@ -125,7 +136,7 @@ def _checkpoint(uri: str, kind: str) -> InspectResult:
             "student": stored.about["student"]["backbone"],
             "checkpoints": steps,
             "metrics": stored.about["metrics"],
-            "queue_filled": stored.state["queue"]["num_pushed"],
+            "queue_filled": stored.state["queues"][0]["num_pushed"],
             "data_sha256": stored.about["data_sha256"],
             "verified": "the state's hash matches",
         },

@@ -8,9 +8,10 @@ Shapes: B images, S pixels per side.
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from pcd_ray.data.ray_pack import pack
 from pcd_ray.data.scenes import CLASSES, make_picture, write_scenes
 from pcd_ray.distill.backbones import build_backbone, map_shape
 from pcd_ray.distill.weights import save_teacher
+from pcd_ray.errors import ConfigError
 from pcd_ray.ray_cluster import connect
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
@@ -45,6 +47,8 @@ class DemoSize:
     """Scenes that the student learns from."""
     test_scenes: int = 400
     """Scenes that kNN classifies."""
+    probe_scenes: tuple[int, int] = (200, 100)
+    """Scenes that the segmentation probe is trained on, and is scored on."""
     scene_px: int = 112
     """Side of a scene, in pixels."""
     pictures: int = 6000
@@ -67,7 +71,13 @@ class DemoResult:
             key: self.run.metrics[key] for key in ("segmentation_miou", "knn_top1", "knn_k1_top1")
         }
         report = RunFolder(self.run.path).file("report.html")
-        return {**scores, "seconds": self.seconds, "path": self.run.path, "report": report}
+        return {
+            **scores,
+            "step": self.run.metrics["step"],  # by which an export knows that these are its scores
+            "seconds": self.seconds,
+            "path": self.run.path,
+            "report": report,
+        }
 
 
 def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
@@ -76,24 +86,31 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
     Args:
         config: the student's run; its data, teacher weights and evaluation sets are filled in.
         size: how much to do.
+
+    Raises:
+        ConfigError: the folder holds a demo of another seed or size; nothing of it was touched.
     """
     size = size or DemoSize()
     folder = RunFolder.of(config)
+    _claim(folder, {"run.seed": config.run.seed, **asdict(size)})
     config = _filled_in(config, folder)
     connect()
     seconds: dict[str, float] = {}
     started = time.monotonic()
+    _say(f"drawing and packing {size.train_scenes:,} scenes")
     write_scenes(
         folder.file("scenes"),
         num_train=size.train_scenes,
         num_test=size.test_scenes,
         size_px=size.scene_px,
         seed=config.run.seed,
+        num_segmentation=size.probe_scenes,
     )
     pack(config.data, seed=config.run.seed)
     seconds["scenes_and_pack"] = time.monotonic() - started
     started = time.monotonic()
     if not storage.exists(config.teacher.weights):
+        _say(f"training the teacher, {size.teacher_steps} steps")
         _train_teacher(config, size)
     seconds["teacher"] = time.monotonic() - started
     started = time.monotonic()
@@ -102,6 +119,30 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
     result = DemoResult(run, {name: round(value, 1) for name, value in seconds.items()})
     storage.write_text(folder.file("summary.json"), json.dumps(result.summary(), indent=2))
     return result
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _claim(folder: RunFolder, made_from: dict[str, Any]) -> None:
+    """Note what a folder's scenes and teacher are made from, or refuse to mix them with others."""
+    uri = folder.file("demo.json")
+    made_from = json.loads(json.dumps(made_from))  # tuples come back as lists
+    found = json.loads(storage.read_text(uri)) if storage.exists(uri) else {}
+    if not found and storage.exists(folder.file("scenes")):
+        found = dict.fromkeys(made_from, "unknown")
+    changes = [
+        f"{name}: {found.get(name)} -> {value}"
+        for name, value in made_from.items()
+        if found and found.get(name) != value
+    ]
+    if changes:
+        raise ConfigError(
+            f"{folder.uri} holds a demo that was made otherwise ({', '.join(changes)}); choose "
+            "another run.name, or delete the folder"
+        )
+    storage.write_text(uri, json.dumps(made_from))
 
 
 def _filled_in(config: Config, folder: RunFolder) -> Config:

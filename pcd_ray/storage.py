@@ -44,21 +44,29 @@ def absolute(uri: str) -> str:
     return str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
+def split_query(uri: str) -> tuple[str, str]:
+    """Return a URI without its query, and the query with its ``?``; local files have none."""
+    if not is_remote(uri):  # a ? is part of a name
+        return uri, ""
+    base, mark, query = uri.partition("?")
+    return base, mark + query
+
+
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a URI; query parameters (``?endpoint_override=``) stay at the end."""
-    base, mark, query = uri.partition("?")
-    return "/".join([base.rstrip("/"), *parts]) + mark + query
+    base, query = split_query(uri)
+    return "/".join([base.rstrip("/"), *parts]) + query
 
 
 def name_of(uri: str) -> str:
     """Return the last path part of a URI."""
-    return uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return split_query(uri)[0].rstrip("/").rpartition("/")[2]
 
 
 def parent(uri: str) -> str:
     """Return the folder that a file or folder lies in; query parameters stay at the end."""
-    base, mark, query = uri.partition("?")
-    return base.rstrip("/").rpartition("/")[0] + mark + query
+    base, query = split_query(uri)
+    return base.rstrip("/").rpartition("/")[0] + query
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -87,14 +95,13 @@ def is_folder(uri: str) -> bool:
 def list_files(uri: str, *, recursive: bool = True) -> list[StoredFile]:
     """Return the files under a folder, sorted by URI; an absent folder has none."""
     fs, path = filesystem(uri)
-    base, mark, query = uri.partition("?")
+    base, query = split_query(uri)
     base = base.rstrip("/") if is_remote(uri) else path
     with _explained(uri, "listed"):
         selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
         found = [info for info in fs.get_file_info(selector) if info.type == pafs.FileType.File]
     files = [
-        StoredFile(base + info.path[len(path.rstrip("/")) :] + mark + query, info.size)
-        for info in found
+        StoredFile(base + info.path[len(path.rstrip("/")) :] + query, info.size) for info in found
     ]
     return sorted(files, key=lambda file: file.uri)
 

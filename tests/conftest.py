@@ -1,8 +1,12 @@
 """Fixtures for all tests; imports no Ray."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# before torch is imported: threads of several processes that share cores must not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -3,23 +3,30 @@
 Shapes: B images of a rank's batch, S = 16 pixels per side, D = 6 embedding channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from networks import branch_of, queue_of
 from tiny import unit_rows
 from torch import Tensor, nn
 
 from pcd_ray.data.plan import EpochPlan, rank_span
 from pcd_ray.distill.backbones import Backbone
-from pcd_ray.distill.feature_queue import FeatureQueue
 from pcd_ray.distill.heads import MlpShape, mirrored_head
 from pcd_ray.distill.mhsa import MhsaNeck
 from pcd_ray.distill.step import DistillSettings
 from pcd_ray.distill.student import Student
 from pcd_ray.distill.teacher import FrozenTeacher
-from pcd_ray.train.loop import LoopSettings, StepDone, TrainState, train_steps, wrap_student
+from pcd_ray.train.loop import (
+    LoopSettings,
+    StepDone,
+    TrainState,
+    moving_average,
+    train_steps,
+    wrap_student,
+)
 from pcd_ray.train.optim import Schedule, build_optimizer
 
 CPU = torch.device("cpu")
@@ -47,9 +54,11 @@ def small_backbone(seed: int, *, batchnorm: bool = False, dropout: float = 0.0) 
     return Backbone(body, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), name="small")
 
 
-def small_teacher(dtype: torch.dtype = torch.float32) -> FrozenTeacher:
-    backbone = small_backbone(2)
-    head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, WIDTH))
+def small_teacher(
+    dtype: torch.dtype = torch.float32, *, number: int = 0, width: int = WIDTH
+) -> FrozenTeacher:
+    backbone = small_backbone(2 + 10 * number)
+    head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, width))
     return FrozenTeacher(backbone, head, rule="gate").to(dtype)
 
 
@@ -59,20 +68,34 @@ def new_state(
     dropout: float = 0.0,
     optimizer: str = "lars",
     dtype: torch.dtype = torch.float32,
+    ema: float = 0.0,
+    widths: Sequence[int] = (WIDTH,),
+    weights: Sequence[float] = (1.0, 1.0),
 ) -> TrainState:
-    """Return a run at its first step, wrapped for as many ranks as there are."""
+    """Return a run at its first step, wrapped for as many ranks as there are.
+
+    It has a teacher for each of ``widths``, and weighs their losses by ``weights``.
+    """
     backbone = small_backbone(1, batchnorm=batchnorm, dropout=dropout)
-    head = mirrored_head(8, [MlpShape((WIDTH,))])
-    student = Student(backbone, MhsaNeck(8, depth=1, heads=2), head).to(dtype)
+    heads = [mirrored_head(8, [MlpShape((width,))]) for width in widths]
+    student = Student(backbone, MhsaNeck(8, depth=1, heads=2), heads).to(dtype)
+    average = moving_average(student, decay=ema)
     wrapped = wrap_student(student, device=CPU, compiled=False)
-    queue = FeatureQueue(QUEUE, WIDTH, seed=0, device=CPU)
-    queue.negatives = unit_rows(0, QUEUE, WIDTH, dtype)
+    branches = [
+        branch_of(
+            small_teacher(dtype, number=number, width=width),
+            queue_of(unit_rows(number, QUEUE, width, dtype)),
+            DISTILL,
+            weight=weights[number],
+        )
+        for number, width in enumerate(widths)
+    ]
     built = (
         torch.optim.SGD(student.parameters(), lr=0.0)
         if optimizer == "sgd"
         else build_optimizer(optimizer, student, weight_decay=1e-5)
     )
-    return TrainState(wrapped.train(), built, queue)
+    return TrainState(wrapped.train(), built, branches, average=average)
 
 
 def loop_settings(*, steps: int, **changes: Any) -> LoopSettings:
@@ -124,6 +147,5 @@ def steps_of(
     num_ranks: int = 1,
 ) -> Iterator[StepDone]:
     """Train from the state's step on, up to step ``stop``."""
-    dtype = next(state.student.parameters()).dtype
     batches = host_batches(settings, state.step, stop, rank=rank, num_ranks=num_ranks)
-    return train_steps(state, small_teacher(dtype), batches, DISTILL, settings)
+    return train_steps(state, batches, settings)

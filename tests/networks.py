@@ -1,13 +1,17 @@
 """Small networks in float64 whose every number the reference can follow."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pcd_ray.distill.backbones import Backbone
+from pcd_ray.distill.feature_queue import FeatureQueue
 from pcd_ray.distill.heads import MlpShape, mirrored_head
 from pcd_ray.distill.mhsa import MhsaNeck
+from pcd_ray.distill.step import Branch, DistillSettings, StepResult, ViewBatch, distill_step
 from pcd_ray.distill.student import Student
-from pcd_ray.distill.teacher import FrozenTeacher
+from pcd_ray.distill.teacher import FrozenTeacher, TeacherIdentity
 
 
 class SmallBody(nn.Module):
@@ -43,9 +47,49 @@ def small_teacher(seed: int = 0, *, stride: int = 8, width: int = 6) -> FrozenTe
     return FrozenTeacher(backbone, small_head(seed, 10, width), rule="gate").double()
 
 
-def small_student(seed: int = 1, *, stride: int = 8, width: int = 6) -> Student:
-    """Backbone, a neck that has left zero, and a head of one layer."""
+def small_student(
+    seed: int = 1, *, stride: int = 8, width: int = 6, widths: Sequence[int] = ()
+) -> Student:
+    """Backbone, a neck that has left zero, and a head of one layer, or one for each width."""
     backbone = small_backbone(seed, 8, stride=stride)
     neck = MhsaNeck(8, depth=1, heads=2)
     nn.init.normal_(neck[0].projection.weight, std=0.3)
-    return Student(backbone, neck, mirrored_head(8, [MlpShape((width,))])).double()
+    heads = [mirrored_head(8, [MlpShape((each,))]) for each in widths or (width,)]
+    return Student(backbone, neck, heads).double()
+
+
+def branch_of(
+    teacher: FrozenTeacher, queue: FeatureQueue, settings: DistillSettings, *, weight: float = 1.0
+) -> Branch:
+    """A branch of parts that nothing was said about."""
+    identity = TeacherIdentity(arch="small", source="drawn", licence="", head="published")
+    return Branch(
+        teacher=teacher,
+        queue=queue,
+        settings=settings,
+        weight=weight,
+        identity=identity,
+        law_error=0.0,
+        teacher_map=(0, 0, 0),
+    )
+
+
+def queue_of(negatives: Tensor) -> FeatureQueue:
+    """A queue that holds these (K, D) unit vectors."""
+    queue = FeatureQueue(*negatives.shape, seed=0, device=negatives.device)
+    queue.negatives = negatives
+    return queue
+
+
+def one_step(
+    student: nn.Module,
+    teacher: FrozenTeacher,
+    negatives: Tensor,
+    batch: ViewBatch,
+    settings: DistillSettings,
+    *,
+    num_pairs: Tensor | None = None,
+) -> StepResult:
+    """Return the result of a single branch."""
+    branches = [branch_of(teacher, queue_of(negatives), settings)]
+    return distill_step(student, branches, batch, num_pairs=[num_pairs])[0]

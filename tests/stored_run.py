@@ -24,7 +24,7 @@ TEACHER = {
 
 def seen_student(config: Config) -> Student:
     """Return a student whose BatchNorm has seen data, in eval mode."""
-    student = build_student(config, [MlpShape((6,))])
+    student = build_student(config, [[MlpShape((6,))]])
     with torch.no_grad():
         student.train()(images(0, 4, config.augment.image_size_px))
     return student.eval()
@@ -32,14 +32,21 @@ def seen_student(config: Config) -> Student:
 
 def store_run(root: Path, *steps: int, **sections: dict[str, Any]) -> tuple[RunFolder, Student]:
     """Write checkpoints of a run under ``root``; return its folder and its student."""
-    run = {"root": str(root), "name": "stored"}
-    config = tiny_config(run=run, **sections)
+    config = tiny_config(run={"root": str(root), "name": "stored"}, **sections)
     student = seen_student(config)
+    return store_student(config, student, *steps), student
+
+
+def store_student(
+    config: Config, student: Student, *steps: int, average: Student | None = None
+) -> RunFolder:
+    """Write checkpoints that hold a student, and its moving average where there is one."""
     folder = RunFolder.of(config)
-    state = {
+    averages = {} if average is None else {"average": average.state_dict()}
+    state = averages | {
         "student": student.state_dict(),
         "optimizer": {},
-        "queue": FeatureQueue(8, 6, seed=0, device=torch.device("cpu")).state_dict(),
+        "queues": [FeatureQueue(8, 6, seed=0, device=torch.device("cpu")).state_dict()],
         "audit": [],
     }
     backbone = student.backbone
@@ -61,4 +68,4 @@ def store_run(root: Path, *steps: int, **sections: dict[str, Any]) -> tuple[RunF
         }
         uri = folder.file("checkpoints", checkpoint_name(step))
         save_checkpoint(uri, to_host(state | {"step": step}), about, config)
-    return folder, student
+    return folder

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pcd_ray import storage
 from pcd_ray.errors import ShardError
 
 
@@ -72,7 +73,9 @@ def finish_rgb(image: Image.Image, *, reduce_to: tuple[float, float] | None = No
 
 def unreadable(key: str, uri: str, reason: str) -> ShardError:
     """Return the error of an image that was readable when it was packed or listed."""
-    return ShardError(f"image {key!r} in {uri}: {reason}; mend it and pack the images again")
+    packed = storage.name_of(uri).endswith(".parquet")
+    fix = "mend it and pack the images again" if packed else "mend or remove the file"
+    return ShardError(f"image {key!r} in {uri}: {reason}; {fix}")
 
 
 @contextmanager

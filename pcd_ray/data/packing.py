@@ -140,7 +140,11 @@ def _read_record(uri: str) -> PartRecord:
 
 
 def pack_part(folder: str, plan: PackPlan, part: int) -> PartRecord:
-    """Read, check and write one shard, then its record; each file whole or not at all."""
+    """Read, check and write one shard, then its record; each file whole or not at all.
+
+    Raises:
+        StorageError: the storage goes on failing; nothing is recorded.
+    """
     start, stop = plan.parts[part]
     writer = ShardWriter()
     kept: list[list[int]] = []
@@ -190,7 +194,10 @@ def _checked(
 
 
 def _contents(entries: Sequence[Mapping[str, Any]]) -> list[bytes | ShardError]:
-    """Return each image's bytes, or why its file cannot be read; one failure costs one image."""
+    """Return each image's bytes, or that its file is gone or cut; one such file costs one image.
+
+    Storage that fails is no image's fault, and is not recorded as one.
+    """
 
     def read(some: Sequence[Mapping[str, Any]]) -> list[bytes]:
         columns = ([entry[name] for entry in some] for name in ("uri", "offset", "size"))

@@ -77,6 +77,7 @@ def pack(data: DataConfig, *, seed: int) -> PackResult:
     Raises:
         ShardError: nothing to pack, repeated keys, another packing's shards in the folder, or more
             unreadable images than ``data.max_bad_fraction``.
+        StorageError: images cannot be read, or shards written, now; finished shards are kept.
     """
     started = time.monotonic()
     if not data.sources or not data.shards:
@@ -121,7 +122,7 @@ def _pack_missing(
         record = pack_part(folder, ray.get(shared), missing[int(chunk["id"][0])])
         return {"record": np.array([json.dumps(asdict(record))])}
 
-    for block in stream_chunks(make, len(missing), data=data, cpu_limit=None, num_streams=1):
+    for block in stream_chunks(make, len(missing), data=data, chunks_ahead=1, num_streams=1):
         yield PartRecord(**json.loads(str(block["record"][0])))
 
 

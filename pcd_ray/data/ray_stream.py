@@ -11,6 +11,7 @@ import ray.data
 
 from pcd_ray.config import DataConfig
 from pcd_ray.errors import PcdError, ShardError
+from pcd_ray.storage import StorageError
 
 Batch = dict[str, np.ndarray[Any, Any]]
 
@@ -19,6 +20,7 @@ SEGMENT_CHUNKS = 1024
 OVERLAP_CHUNKS = 256
 """Chunks before the end of an execution at which the next one starts."""
 _ERROR = "error"
+_KINDS = {kind.__name__: kind for kind in (ShardError, StorageError)}
 _STORE_SHARE = 0.4  # of the object store: what all streams together may fill
 
 
@@ -27,7 +29,7 @@ def stream_chunks(
     chunks: int,
     *,
     data: DataConfig,
-    cpu_limit: float | None,
+    chunks_ahead: int,
     num_streams: int,
 ) -> Iterator[Batch]:
     """Call ``make({"id": [number]})`` for chunk numbers 0, 1, ... in a task each; yield in order.
@@ -38,18 +40,20 @@ def stream_chunks(
     Args:
         make: turns a chunk number into a batch of any length.
         chunks: how many chunks there are.
-        data: CPUs per task and how far to prefetch.
-        cpu_limit: CPUs that the tasks may use at a time; None: all that are free.
+        data: CPUs per task.
+        chunks_ahead: chunks kept ready here beyond the one that is yielded.
         num_streams: executions that share the object store, e.g. one per rank.
 
     Raises:
-        ShardError: ``make`` raised it, or another error of ours.
+        PcdError: ``make`` raised it: a StorageError as it is, others as a ShardError.
     """
-    context = _quiet_context(cpu_limit, num_streams)
+    context = _quiet_context(num_streams)
 
     def segment(first: int) -> _Segment:
         stop = min(first + SEGMENT_CHUNKS, chunks)
-        return _Segment(_execution(make, first, stop, data=data, context=context))
+        return _Segment(
+            _execution(make, first, stop, data=data, chunks_ahead=chunks_ahead, context=context)
+        )
 
     alive = [segment(0)]
     with ThreadPoolExecutor(1) as starter:
@@ -61,7 +65,8 @@ def stream_chunks(
                         alive.append(segment(following))
                         alive[1].begin(starter)
                     if _ERROR in block:
-                        raise ShardError(str(block[_ERROR][0]))
+                        kind, message = block[_ERROR].tolist()
+                        raise _KINDS.get(kind, ShardError)(message)
                     yield block
                 alive.pop(0)
         finally:
@@ -97,6 +102,7 @@ def _execution(
     stop: int,
     *,
     data: DataConfig,
+    chunks_ahead: int,
     context: ray.data.DataContext,
 ) -> Generator[Batch]:
     """Yield what ``make`` returns for chunks [first, stop), in order."""
@@ -105,7 +111,7 @@ def _execution(
         try:
             return make({"id": numbers["id"] + first})
         except PcdError as error:  # travels as data: Ray would bury its text in stack traces
-            return {_ERROR: np.array([str(error)])}
+            return {_ERROR: np.array([type(error).__name__, str(error)])}
 
     with ray.data.DataContext.current(context):
         dataset = ray.data.range(stop - first, override_num_blocks=stop - first).map_batches(
@@ -113,11 +119,10 @@ def _execution(
             batch_size=None,  # a whole block of one number; any size given would forbid fusion
             num_cpus=data.cpus_per_task,
         )
-    prefetch = max(1, data.prefetch_batches)
-    yield from dataset.iter_batches(batch_size=None, prefetch_batches=prefetch)
+    yield from dataset.iter_batches(batch_size=None, prefetch_batches=chunks_ahead)
 
 
-def _quiet_context(cpu_limit: float | None, num_streams: int) -> ray.data.DataContext:
+def _quiet_context(num_streams: int) -> ray.data.DataContext:
     """Return the settings of an execution: ordered, without console output, within limits."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # "execution finished in ..."
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
@@ -128,7 +133,5 @@ def _quiet_context(cpu_limit: float | None, num_streams: int) -> ray.data.DataCo
     options.preserve_order = True
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     store = resources.get("object_store_memory", 0.0) * _STORE_SHARE / num_streams
-    options.resource_limits = options.resource_limits.copy(
-        cpu=cpu_limit, object_store_memory=store or None
-    )
+    options.resource_limits = options.resource_limits.copy(object_store_memory=store or None)
     return context

@@ -58,7 +58,6 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
     start_step: int,
     stop_step: int,
     data: DataConfig,
-    cpu_limit: float | None = None,
 ) -> Generator[Batch]:
     """Yield this rank's batch of each optimiser step in [start_step, stop_step), in plan order.
 
@@ -76,14 +75,14 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
         start_step: first optimiser step.
         stop_step: end of the optimiser steps.
         data: sizes of tasks, prefetching, limits of images.
-        cpu_limit: CPUs that this rank's tasks may use at a time; None: all that are free.
 
     Yields:
         ``student_view`` and, unless one view serves both, ``teacher_view`` (B, S, S, 3) uint8;
         ``student_box``, ``teacher_box`` (B, 5) float32; ``row``, ``epoch`` (B,) int64.
 
     Raises:
-        ShardError: an image can no longer be read or decoded.
+        ShardError: an image is gone or can no longer be decoded.
+        StorageError: the storage fails.
     """
     share = _RankShare(plan, rank, num_ranks, global_batch_size, start_step)
     total = (stop_step - start_step) * share.batch_size
@@ -97,7 +96,8 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
         )
 
     chunks = -(-total // data.images_per_task)
-    blocks = stream_chunks(views, chunks, data=data, cpu_limit=cpu_limit, num_streams=num_ranks)
+    ahead = chunks_ahead(data, share.batch_size)
+    blocks = stream_chunks(views, chunks, data=data, chunks_ahead=ahead, num_streams=num_ranks)
     yield from _rebatched(blocks, share.batch_size)
 
 
@@ -138,7 +138,6 @@ def eval_batches(
     size_px: int,
     batch_size: int,
     data: DataConfig,
-    cpu_limit: float | None = None,
 ) -> Generator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     """Yield centre crops of some images in the order of ``rows``; the last batch may be smaller.
 
@@ -148,13 +147,13 @@ def eval_batches(
         size_px: side S of the crops.
         batch_size: images per batch B.
         data: sizes of tasks, prefetching, limits of images.
-        cpu_limit: CPUs that the tasks may use at a time; None: all that are free.
 
     Yields:
         (B, S, S, 3) uint8 crops and their (B,) rows.
 
     Raises:
-        ShardError: an image can no longer be read or decoded.
+        ShardError: an image is gone or can no longer be decoded.
+        StorageError: the storage fails.
     """
     wanted = np.asarray(rows, np.int64)
     images = ray.put(_lean(index))
@@ -170,9 +169,15 @@ def eval_batches(
         return {"view": np.stack(pixels), "row": mine}
 
     chunks = -(-wanted.size // data.images_per_task)
-    blocks = stream_chunks(crops, chunks, data=data, cpu_limit=cpu_limit, num_streams=1)
+    ahead = chunks_ahead(data, batch_size)
+    blocks = stream_chunks(crops, chunks, data=data, chunks_ahead=ahead, num_streams=1)
     for batch in _rebatched(blocks, batch_size):
         yield batch["view"], batch["row"]
+
+
+def chunks_ahead(data: DataConfig, batch_size: int) -> int:
+    """Return the blocks that hold ``data.prefetch_batches`` batches of this size."""
+    return -(-data.prefetch_batches * batch_size // data.images_per_task)
 
 
 def _lean(index: pa.Table) -> pa.Table:

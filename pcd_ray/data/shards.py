@@ -8,6 +8,7 @@ by its range alone, so that training can shuffle over all images without reading
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 REMOTE_READS = 16  # requests in flight: object stores answer slowly but side by side
+RETRY_PAUSES_S = (0.1, 0.5, 2.0)
+"""Waits before a read that failed is tried again."""
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no wait brings it back
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -213,12 +217,11 @@ def by_filesystem(uris: Iterable[str]) -> list[tuple[pafs.FileSystem, dict[str, 
                 uri
             )
             continue
-        base, _, query = uri.partition("?")
+        base, query = storage.split_query(uri)
         scheme, _, path = base.partition("://")
         place = (f"{scheme}://{path.partition('/')[0]}", query)
         if place not in groups:
-            root = place[0] + (f"?{query}" if query else "")
-            groups[place] = (storage.filesystem(root)[0], {})
+            groups[place] = (storage.filesystem(place[0] + query)[0], {})
         groups[place][1][uri] = path
     return list(groups.values())
 
@@ -228,10 +231,12 @@ def read_image_bytes(
 ) -> list[bytes]:
     """Return the encoded bytes of images, each a byte range of a plain file or of a shard.
 
-    Each file is opened once; object stores are asked for several ranges at a time.
+    Each file is opened once; object stores are asked for several ranges at a time. A read that
+    fails is tried again after each of `RETRY_PAUSES_S`.
 
     Raises:
         ShardError: a file is missing or shorter than its range.
+        StorageError: the storage goes on failing; it may be better another time.
     """
     wanted: dict[str, list[int]] = {}
     for row, uri in enumerate(uris):
@@ -255,14 +260,14 @@ def read_image_bytes(
 
 def _read_ranges(fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     try:
-        if isinstance(fs, pafs.LocalFileSystem):
-            parts = _pread(path, ranges)
-        else:
-            with fs.open_input_file(path) as file:
-                parts = [bytes(file.read_at(size, offset)) for offset, size in ranges]
-    except OSError as error:
+        parts = _read_patiently(fs, path, ranges)
+    except _GONE as error:
         raise ShardError(
             f"{path}: cannot be read ({error}); check that it is still there"
+        ) from error
+    except OSError as error:
+        raise storage.StorageError(
+            f"{path} cannot be read: {error}; check the storage, then give the same command again"
         ) from error
     for (offset, size), part in zip(ranges, parts, strict=True):
         if len(part) != size:
@@ -270,6 +275,28 @@ def _read_ranges(fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int
                 f"{path}: ends before byte {offset + size:,}; it has changed, pack the images again"
             )
     return parts
+
+
+def _read_patiently(
+    fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]
+) -> list[bytes]:
+    for pause_s in RETRY_PAUSES_S:
+        try:
+            return _read_once(fs, path, ranges)
+        except _GONE:
+            raise
+        except OSError:
+            time.sleep(pause_s)
+    return _read_once(fs, path, ranges)
+
+
+def _read_once(fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return each range's bytes, fewer where the file ends before."""
+    if isinstance(fs, pafs.LocalFileSystem):
+        return _pread(path, ranges)
+    with fs.open_input_file(path) as file:
+        end = file.size()  # object stores fail when asked for what lies behind it
+        return [bytes(file.read_at(size, min(offset, end))) for offset, size in ranges]
 
 
 def _pread(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -19,9 +19,9 @@ from pcd_ray.data.image_index import (
     with_classes,
 )
 from pcd_ray.data.shards import MANIFEST, by_filesystem, open_shards
-from pcd_ray.errors import ShardError
+from pcd_ray.errors import ShardError, naming
 
-__all__ = ["IMAGE_SUFFIXES", "INDEX_SCHEMA", "list_images", "list_sources", "open_index"]
+__all__ = ["IMAGE_SUFFIXES", "INDEX_SCHEMA", "is_list", "list_images", "list_sources", "open_index"]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LIST_SUFFIXES = (".csv", ".txt")
@@ -34,7 +34,7 @@ def open_index(uri: str) -> pa.Table:
     Raises:
         ShardError: there is nothing, or what is there is damaged.
     """
-    if not _is_list(uri) and storage.exists(storage.join(uri, MANIFEST)):
+    if not is_list(uri) and storage.exists(storage.join(uri, MANIFEST)):
         return open_shards(uri).index
     return list_images(uri)
 
@@ -51,8 +51,8 @@ def list_images(uri: str) -> pa.Table:
     """
     uri = storage.absolute(uri)
     if not storage.exists(uri):
-        raise ShardError(f"{uri}: there is no such folder or list; check data.sources")
-    if _is_list(uri):
+        raise ShardError(f"{uri}: there is no such folder or list; check the path")
+    if is_list(uri):
         return _from_list(uri)
     return _from_folder(uri)
 
@@ -66,7 +66,8 @@ def list_sources(uris: Sequence[str]) -> pa.Table:
     Raises:
         ShardError: a collection is missing or empty, or a key occurs twice.
     """
-    tables = [open_index(uri).select(INDEX_SCHEMA.names) for uri in uris]
+    with naming("data.sources"):
+        tables = [open_index(uri).select(INDEX_SCHEMA.names) for uri in uris]
     classes = sorted({name for table in tables for name in classes_of(table)})
     names = _source_names(uris)
     parts = []
@@ -83,7 +84,8 @@ def list_sources(uris: Sequence[str]) -> pa.Table:
     return with_classes(pa.concat_tables(parts).combine_chunks(), classes)
 
 
-def _is_list(uri: str) -> bool:
+def is_list(uri: str) -> bool:
+    """Say whether a URI names a list of images rather than a folder."""
     return storage.name_of(uri).lower().endswith(LIST_SUFFIXES)
 
 
@@ -95,15 +97,15 @@ def _source_names(uris: Sequence[str]) -> list[str]:
 
 
 def _from_folder(uri: str) -> pa.Table:
-    base = uri.partition("?")[0].rstrip("/") + "/"
+    base = storage.split_query(uri)[0].rstrip("/") + "/"
     files = {}
     for file in storage.list_files(uri):
-        key = file.uri.partition("?")[0].removeprefix(base)
+        key = storage.split_query(file.uri)[0].removeprefix(base)
         hidden = any(part.startswith(".") for part in key.split("/"))
         if key.lower().endswith(IMAGE_SUFFIXES) and not hidden:
             files[key] = file
     if not files:
-        raise ShardError(f"{uri}: holds no image ({', '.join(IMAGE_SUFFIXES)}); check data.sources")
+        raise ShardError(f"{uri}: holds no image ({', '.join(IMAGE_SUFFIXES)}); check the path")
     keys = sorted(files)
     folders = sorted({key.partition("/")[0] for key in keys if "/" in key})
     labelled = len(folders) >= 2 and all("/" in key for key in keys)
@@ -115,8 +117,7 @@ def _from_folder(uri: str) -> pa.Table:
 
 
 def _from_list(uri: str) -> pa.Table:
-    folder, _, query = uri.partition("?")
-    folder = folder.rpartition("/")[0] + (f"?{query}" if query else "")
+    folder = storage.parent(uri)
     entries = _parse_list(uri)
     entries.sort()
     uris = [_resolve(folder, path) for path, _ in entries]

@@ -7,12 +7,14 @@ Shapes: B images of S x S pixels, C channels, H x W positions.
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from pcd_ray.distill.tokens import attention_pool, has_own_vector, patches_of, recentred_map
 from pcd_ray.errors import ConfigError
 
 _OTHER = "choose a backbone with a spatial output"
@@ -25,12 +27,20 @@ class Backbone(nn.Module):
     std: Tensor
 
     def __init__(
-        self, body: nn.Module, *, mean: Sequence[float], std: Sequence[float], name: str
+        self,
+        body: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        name: str,
+        tap: int | None = None,
     ) -> None:
         super().__init__()
         self.body = body
         self.name = name
+        self.tap = tap  # the stage whose map is taken, as timm counts them; None: the last map
         self.memory_format = torch.contiguous_format
+        self.recentred = False
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -38,13 +48,36 @@ class Backbone(nn.Module):
         """Map (B, S, S, 3) uint8 images to (B, C, H, W)."""
         x = images.permute(0, 3, 1, 2).to(self.mean.dtype, memory_format=self.memory_format)
         x = (x - self.mean) / self.std  # (B, 3, S, S)
-        return _as_map(self.body.forward_features(x), self.body, x.shape[2:])  # type: ignore[operator]
+        if self.tap is not None:
+            stages: list[Tensor] = self.body.forward_intermediates(  # type: ignore[operator]
+                x, indices=[self.tap], stop_early=True, intermediates_only=True
+            )
+            return stages[0]
+        features: Any = self.body.forward_features(x)  # type: ignore[operator]
+        maps = _as_map(features, self.body, x.shape[2:])
+        return recentred_map(maps, features, self.body) if self.recentred else maps
 
     @property
     def timm_licence(self) -> str:
         """Licence of timm's own pretrained weights; empty when timm does not say."""
         about: Any = self.body.pretrained_cfg
         return str(about.get("license") or "")
+
+    def recentre(self) -> None:
+        """Shift maps so that their mean is the network's own vector (see `tokens`).
+
+        Raises:
+            ConfigError: the network has neither class token nor attention pooling.
+        """
+        if not has_own_vector(self.body):
+            raise ConfigError(
+                f"teacher.tokens=recentred, but {self.name} has neither class token nor attention "
+                "pooling; use auto or patches"
+            )
+        pool: Any = attention_pool(self.body)
+        if pool is not None:
+            pool.pool_type = "token"  # its vector, not its map
+        self.recentred = True
 
     def use_channels_last(self) -> None:
         """Keep weights and maps with channels innermost, which most convolutions prefer."""
@@ -59,6 +92,7 @@ def build_backbone(
     kwargs: dict[str, Any] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    output_stride: int = 0,
 ) -> Backbone:
     """Return a timm backbone by name.
 
@@ -67,16 +101,122 @@ def build_backbone(
         pretrained: load timm's own weights, from its hub or cache.
         kwargs: further arguments of ``timm.create_model``.
         mean, std: input normalisation in [0, 1]; default: what timm says of the model.
+        output_stride: pixels per position of its map; 0: the network's own.
 
     Raises:
-        ConfigError: unknown name, arguments that timm refuses, or weights that cannot be had.
+        ConfigError: unknown name, arguments that timm refuses, weights that cannot be had, or a
+            stride that the network has no map of.
     """
-    if not timm.is_model(name.partition(".")[0]):
+    kwargs, tap = kwargs_for_stride(name, kwargs or {}, output_stride)
+    body = _cut_body(name, kwargs, pretrained=pretrained)
+    return _backbone(body, name=name, mean=mean, std=std, tap=tap)
+
+
+def kwargs_for_stride(
+    name: str, kwargs: dict[str, Any], output_stride: int
+) -> tuple[dict[str, Any], int | None]:
+    """Return how a network gives maps of a stride: timm's arguments, and the stage to tap.
+
+    Its own last map comes first, then timm's ``output_stride`` (dilated convolutions), then an
+    earlier stage's map. The weights' names and shapes are those of the whole network in all cases.
+
+    Args:
+        name: timm model name.
+        kwargs: the user's arguments of ``timm.create_model``.
+        output_stride: pixels per position; 0: the network's own.
+
+    Returns:
+        Arguments of ``timm.create_model``, and the index of the stage for
+        ``forward_intermediates``; None: the last map.
+
+    Raises:
+        ConfigError: as `build_backbone`.
+    """
+    if not output_stride:
+        return kwargs, None
+    dilated = {**kwargs, "output_stride": output_stride}
+    with torch.device("meta"):  # what timm says of them is wanted, no memory
+        own = _strides(_cut_body(name, kwargs))
+        if own[-1] == output_stride:
+            return kwargs, None
+        try:
+            found = _strides(_cut_body(name, dilated))
+        except ConfigError:  # of networks that cannot be dilated, or not so far
+            found = []
+    if found and found[-1] == output_stride:
+        return dilated, None
+    if output_stride in own:
+        return kwargs, len(own) - 1 - own[::-1].index(output_stride)
+    listed = ", ".join(map(str, sorted(set(own))))
+    raise ConfigError(
+        f"student.output_stride={output_stride}, but {name} has maps of stride {listed} alone; use "
+        "0 (its last map) or another backbone, for finer pairs student.grid=upsample, and for "
+        "vision transformers another patch_size in student.kwargs"
+    )
+
+
+def _strides(body: nn.Module) -> list[int]:
+    """Return the strides of a network's maps, stage by stage."""
+    stages: Any = body.feature_info
+    return [int(stage["reduction"]) for stage in stages]
+
+
+@dataclass(frozen=True, slots=True)
+class WholeNetwork:
+    """A timm network as it was published, and what was cut off it."""
+
+    backbone: Backbone
+    classifier: dict[str, Tensor]
+    """Weight and bias in its classifier's place; they mean something where it is pretrained."""
+    pooling: str
+    """``token``, ``avg`` and so on, where timm says."""
+
+
+def build_whole(
+    name: str,
+    *,
+    pretrained: bool = False,
+    pooled: bool = True,
+    kwargs: dict[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> WholeNetwork:
+    """Return a timm network as published, with its pooling; as `build_backbone` else.
+
+    The pooling decides what some weights are called and how they are shaped; the map is taken in
+    front of it. Positions of tokens are interpolated to other image sizes where timm can.
+
+    Args:
+        name, pretrained, kwargs, mean, std: as of `build_backbone`.
+        pooled: False names weights as those cut to a map from the start do, our students among
+            them.
+    """
+    given = dict(kwargs or {}) if pooled else {**(kwargs or {}), "global_pool": ""}
+    ours = {} if "dynamic_img_size" in given else {"dynamic_img_size": True}
+    try:
+        body = _create(name, given, pretrained=pretrained, **ours)
+    except ConfigError as error:
+        if not ours or "dynamic_img_size" not in str(error.__cause__):
+            raise
+        body = _create(name, given, pretrained=pretrained)  # a network without tokens
+    pooling = getattr(body, "global_pool", "")
+    classifier: Any = body.get_classifier()
+    state = classifier.state_dict() if isinstance(classifier, nn.Module) else {}
+    body.reset_classifier(0)
+    backbone = _backbone(body, name=name, mean=mean, std=std)
+    return WholeNetwork(backbone, state, pooling if isinstance(pooling, str) else "")
+
+
+def _cut_body(name: str, kwargs: dict[str, Any], *, pretrained: bool = False) -> Any:
+    """Return a timm model without classifier and pooling."""
+    return _create(name, kwargs, pretrained=pretrained, num_classes=0, global_pool="")
+
+
+def _create(name: str, kwargs: dict[str, Any], *, pretrained: bool, **ours: Any) -> Any:
+    if not is_known(name):
         raise ConfigError(f"{name!r} is no timm model; {_suggestion(name)}")
     try:
-        body = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, global_pool="", **(kwargs or {})
-        )
+        return timm.create_model(name, pretrained=pretrained, **ours, **kwargs)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ConfigError(f"timm's {name} refuses kwargs={kwargs}: {error}") from error
     except AssertionError as error:  # of its pooling, which some networks cannot do without
@@ -90,31 +230,77 @@ def build_backbone(
             f"timm's pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}); "
             "give a local file in teacher.weights, or let this machine reach timm's hub"
         ) from error
-    known: Any = body.pretrained_cfg
-    return Backbone(body.eval(), mean=mean or known["mean"], std=std or known["std"], name=name)
+
+
+def _backbone(
+    body: Any,
+    *,
+    name: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    tap: int | None = None,
+) -> Backbone:
+    known = body.pretrained_cfg
+    return Backbone(
+        body.eval(), mean=mean or known["mean"], std=std or known["std"], name=name, tap=tap
+    )
+
+
+def is_known(name: str) -> bool:
+    """Say whether timm has a model of this name, with or without a tag of its weights."""
+    return bool(timm.is_model(name.partition(".")[0]))
 
 
 @torch.no_grad()
-def map_shape(backbone: Backbone, image_size_px: int) -> tuple[int, int, int]:
-    """Return (C, H, W) of the map of one square image.
+def map_shape(
+    backbone: Backbone,
+    height_px: int,
+    width_px: int | None = None,
+    *,
+    option: str = "augment.image_size_px",
+) -> tuple[int, int, int]:
+    """Return (C, H, W) of the map of one image, a square one unless its width is given.
+
+    Args:
+        backbone: the network.
+        height_px: height of the image.
+        width_px: its width; None: a square.
+        option: what sets the size, for the error.
 
     Raises:
         ConfigError: the backbone cannot take images of this size.
     """
     device = backbone.mean.device
-    image = torch.zeros(1, image_size_px, image_size_px, 3, dtype=torch.uint8, device=device)
+    width = width_px or height_px
+    _check_patches(backbone, (height_px, width), option=option)
+    image = torch.zeros(1, height_px, width, 3, dtype=torch.uint8, device=device)
     was_training = backbone.training
     try:
         shape = backbone.eval()(image).shape
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{backbone.name} cannot take augment.image_size_px={image_size_px}: "
+            f"{backbone.name} cannot take images of {height_px} x {width} pixels ({option}): "
             f"{str(error).splitlines()[0]}; use the model's own size, or its kwargs "
             "(vision transformers: {dynamic_img_size: true})"
         ) from error
     finally:
         backbone.train(was_training)
     return int(shape[1]), int(shape[2]), int(shape[3])
+
+
+def _check_patches(backbone: Backbone, image_size: tuple[int, int], *, option: str) -> None:
+    """Refuse an image that patches do not divide, of a network that takes any other size."""
+    embed: Any = getattr(backbone.body, "patch_embed", None)
+    flexible = getattr(backbone.body, "dynamic_img_size", False)
+    if not flexible or embed is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    for size, patch in zip(image_size, embed.patch_size, strict=True):
+        if size % patch:
+            down = size - size % patch
+            raise ConfigError(
+                f"{option}={size} does not split into the {patch} px patches of {backbone.name}; "
+                f"use {f'{down} or ' if down else ''}{down + patch}"
+            )
 
 
 def freeze_unused(backbone: Backbone, image_size_px: int) -> list[str]:
@@ -135,15 +321,17 @@ def freeze_unused(backbone: Backbone, image_size_px: int) -> list[str]:
     return unused
 
 
-def _as_map(features: Tensor, body: nn.Module, image_size: Sequence[int]) -> Tensor:
+def _as_map(features: object, body: nn.Module, image_size: Sequence[int]) -> Tensor:
     """Return timm's features as (B, C, H, W), whatever layout the model has."""
+    if not isinstance(features, Tensor):
+        raise ConfigError(f"{type(body).__name__} gives several features, no map; {_OTHER}")
     if features.ndim == 4:
         channels_innermost = str(getattr(body, "output_fmt", "NCHW")) == "NHWC"
         return features.movedim(3, 1) if channels_innermost else features
     grid_of = getattr(getattr(body, "patch_embed", None), "dynamic_feat_size", None)
     if features.ndim == 3 and grid_of is not None:  # tokens, the first few of which are no patches
-        patches = features[:, int(getattr(body, "num_prefix_tokens", 0)) :]
-        return torch.unflatten(patches.transpose(1, 2), 2, tuple(grid_of(image_size)))
+        patches = patches_of(features, body).transpose(1, 2)  # (B, C, H * W)
+        return torch.unflatten(patches, 2, tuple(grid_of(image_size)))
     raise ConfigError(
         f"{type(body).__name__} gives features of shape {tuple(features.shape)}, which is no map; "
         f"{_OTHER}"

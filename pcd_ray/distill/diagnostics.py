@@ -4,23 +4,26 @@ Shapes: B images, D embedding channels, N positions, K queued negatives.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcd_ray import metric_names as names
 from pcd_ray.distill.loss import contrastive_loss
 from pcd_ray.distill.pairing import pick
-from pcd_ray.distill.step import DistillSettings, StepResult
+from pcd_ray.distill.step import Branch, DistillSettings, StepResult, weighted_sum
 
 _RANK_ROWS = 2048  # rows that an effective rank is computed from: enough for D = 256
 
 
 @torch.no_grad()
 def diagnose(result: StepResult, negatives: Tensor, settings: DistillSettings) -> dict[str, Tensor]:
-    """Return scalars that describe a step, before its keys are pushed.
+    """Return scalars that describe a step, before its keys are pushed, by their public names.
 
-    - ``loss_above_floor``: loss minus that of a perfect student (s = t), in nats;
+    - ``loss_floor``: loss of a perfect student (s = t) on this very step, in nats;
+    - ``loss_above_floor``: the step's loss minus that;
     - ``positive_cosine``, ``negative_cosine``: mean cosine to positives, to the queue;
     - ``queue_top1_pct``: share of pooled students nearer to their own key than to the queue;
     - ``pixel_top1_pct``: share of student pixels whose nearest pixel in the teacher's map of the
@@ -40,23 +43,47 @@ def diagnose(result: StepResult, negatives: Tensor, settings: DistillSettings) -
         negatives,
         temperature=settings.temperature,
         implementation=settings.implementation,
-        weights=counted.flatten(),
+        weights=result.shares,
     )
     cosine = (s * t).sum(dim=2)  # (B, N)
     own = torch.arange(s.shape[1], device=s.device).expand(s.shape[:2])
     target = own if result.pairs.positions is None else result.pairs.positions
     nearest = (s @ result.teacher.transpose(1, 2)).argmax(dim=2)  # (B, N)
     return {
-        "loss_above_floor": result.loss.detach() - floor,
-        "positive_cosine": (cosine * counted).sum() / total,
-        "negative_cosine": (s.flatten(0, 1) @ negatives.mean(dim=0)).mean(),
-        "queue_top1_pct": 100 * _queue_top1(s, result.keys, negatives),
-        "pixel_top1_pct": 100 * ((nearest == target) * counted).sum() / total,
-        "effective_rank": effective_rank(s.flatten(0, 1)),
-        "student_spread": spread(s.flatten(0, 1)),
-        "teacher_spread": spread(result.teacher.flatten(0, 1)),
-        "map_spread": (s - s.mean(dim=1, keepdim=True)).norm(dim=2).mean(),
+        names.LOSS_FLOOR: floor,
+        names.LOSS_ABOVE_FLOOR: result.loss.detach() - floor,
+        names.POSITIVE_COSINE: (cosine * counted).sum() / total,
+        names.NEGATIVE_COSINE: (s.flatten(0, 1) @ negatives.mean(dim=0)).mean(),
+        names.QUEUE_TOP1: 100 * _queue_top1(s, result.keys, negatives),
+        names.PIXEL_TOP1: 100 * ((nearest == target) * counted).sum() / total,
+        names.EFFECTIVE_RANK: effective_rank(s.flatten(0, 1)),
+        names.STUDENT_SPREAD: spread(s.flatten(0, 1)),
+        names.TEACHER_SPREAD: spread(result.teacher.flatten(0, 1)),
+        names.MAP_SPREAD: (s - s.mean(dim=1, keepdim=True)).norm(dim=2).mean(),
     }
+
+
+def diagnose_branches(
+    results: Sequence[StepResult], branches: Sequence[Branch]
+) -> dict[str, Tensor]:
+    """Return what `diagnose` says of each branch, by the names of `metric_names.of_branch`.
+
+    The floor of the loss and what lies above it are of the weighted sum, as the loss is.
+    """
+    each = [
+        diagnose(result, branch.queue.negatives, branch.settings)
+        for result, branch in zip(results, branches, strict=True)
+    ]
+    found = {
+        name: weighted_sum([own[name] for own in each], branches)
+        for name in (names.LOSS_FLOOR, names.LOSS_ABOVE_FLOOR)
+    }
+    for number, own in enumerate(each, start=1):
+        alone = len(each) == 1
+        found |= {
+            names.of_branch(k, number): v for k, v in own.items() if not (alone and k in found)
+        }
+    return found
 
 
 def effective_rank(rows: Tensor) -> Tensor:

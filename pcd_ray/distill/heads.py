@@ -3,14 +3,15 @@
 Shapes: B images, C backbone channels, D embedding channels, H x W positions.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from pcd_ray.errors import WeightsError
+from pcd_ray.errors import ConfigError, WeightsError
 
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -75,6 +76,65 @@ def output_width(head: nn.Sequential, channels: int) -> int:
     return widths[-1][1] if widths else channels
 
 
+def kept_head(head: nn.Sequential, *, layers: int, final_norm: bool) -> nn.Sequential:
+    """Return the first layers of a head for vectors; the weights are shared.
+
+    Args:
+        head: the whole head.
+        layers: Linear layers kept, each but the last with the norm and activation behind it. The
+            last one keeps its norm but no activation, as published heads end. 0: all of the head.
+        final_norm: whether a norm behind the last kept Linear stays.
+
+    Raises:
+        WeightsError: more layers than there are.
+    """
+    linears = [i for i, layer in enumerate(head) if isinstance(layer, nn.Linear)]
+    if layers > len(linears):
+        raise WeightsError(
+            f"teacher.adaptor.layers={layers}, but the head has {len(linears)} Linear layers; "
+            f"use at most {len(linears)}, or 0 for all"
+        )
+    if not linears:
+        return head
+    last = linears[layers - 1] if layers else linears[-1]
+    tail = list(head[last + 1 :])
+    if last != linears[-1]:
+        tail = list(itertools.takewhile(lambda layer: isinstance(layer, _NORMS), tail))
+    if not final_norm:
+        tail = [layer for layer in tail if not isinstance(layer, _NORMS)]
+    if last + 1 + len(tail) == len(head):
+        return head
+    return nn.Sequential(*head[: last + 1], *tail).eval()
+
+
+_NORMS = (nn.BatchNorm1d, nn.LayerNorm)
+
+
+def random_projection(width: int, dim: int, *, seed: int) -> nn.Linear:
+    """Return a fixed Linear ``width`` -> ``dim``: random orthogonal rows of length (width/dim)^0.5.
+
+    Linear, so SpatialAdaptor's law holds; squared norms and inner products keep their value on
+    average over seeds, within a few times (2/dim)^0.5 of the norms (Johnson-Lindenstrauss; ours).
+
+    Raises:
+        ConfigError: it would widen.
+    """
+    if dim > width:
+        raise ConfigError(
+            f"teacher.projection_dim={dim} exceeds the {width} channels of the teacher's head; "
+            "use less, or 0 for no projection"
+        )
+    random = torch.Generator().manual_seed(seed)
+    columns, triangle = torch.linalg.qr(
+        torch.randn(width, dim, generator=random, dtype=torch.float64)
+    )
+    rows = (columns * triangle.diagonal().sign()).T * (width / dim) ** 0.5  # (dim, width)
+    linear = nn.Linear(width, dim, bias=False)
+    with torch.no_grad():  # multiples of 2^-20: machines that round differently agree on the hash
+        linear.weight.copy_((rows * 2**20).round() / 2**20)
+    return linear
+
+
 @dataclass(frozen=True, slots=True)
 class MlpShape:
     """What a mirrored head copies from a teacher's: widths behind each layer, and a last norm."""
@@ -82,12 +142,23 @@ class MlpShape:
     widths: tuple[int, ...]
     final_norm: bool = False
 
+    def with_hidden(self, hidden: int) -> "MlpShape":
+        """Return the shape with other hidden widths, and with one hidden layer at least."""
+        depth = max(1, len(self.widths) - 1)
+        return replace(self, widths=(*(hidden,) * depth, self.widths[-1]))
+
 
 def shape_of(head: nn.Sequential) -> MlpShape:
     """Return the shape of a head for vectors."""
     last_linear = max(i for i, layer in enumerate(head) if isinstance(layer, nn.Linear))
     norm = any(isinstance(layer, nn.BatchNorm1d) for layer in head[last_linear + 1 :])
     return MlpShape(tuple(out for _, out in linear_widths(head)), norm)
+
+
+def narrowed(shape: MlpShape, width: int, *, limit: int) -> MlpShape:
+    """Return a shape that ends at ``width`` and is nowhere wider than ``limit``; 0: no limit."""
+    hidden = (min(w, limit) if limit else w for w in shape.widths[:-1])
+    return MlpShape((*hidden, width), shape.final_norm)
 
 
 def mirrored_head(channels: int, shapes: Sequence[MlpShape]) -> nn.Sequential:
@@ -109,40 +180,6 @@ def mirrored_head(channels: int, shapes: Sequence[MlpShape]) -> nn.Sequential:
                 layers.append(nn.ReLU(inplace=True))
             width = out
     return nn.Sequential(*layers)
-
-
-def pca_head(pixels: Tensor, *, dim: int, whiten: float) -> nn.Sequential:
-    """Return one fixed Linear: the ``dim`` principal components of (P, C) pixels.
-
-    Each component is divided by its standard deviation to the power ``whiten`` (0: not at all,
-    1: white), relative to the first one's so that scales stay comparable. An affine head, so
-    SpatialAdaptor's law holds by itself (ours).
-
-    Raises:
-        WeightsError: fewer pixels or channels than components, or pixels that do not vary.
-    """
-    count, channels = pixels.shape
-    if dim > min(count - 1, channels):
-        raise WeightsError(
-            f"teacher.pca_dim={dim} exceeds what {count} pixels of {channels} channels hold; "
-            f"use at most {min(count - 1, channels)}"
-        )
-    mean = pixels.mean(dim=0, dtype=torch.float64)  # (C,)
-    centred = pixels - mean  # (P, C) in float64
-    covariance = centred.T @ centred / (count - 1)  # (C, C)
-    variances, axes = torch.linalg.eigh(covariance)  # ascending
-    variances, axes = variances.flip(0)[:dim].clamp(min=0), axes.flip(1)[:, :dim]
-    if not variances[0] > 0:
-        raise WeightsError("the teacher's pixels do not vary (variance 0); check its weights")
-    # an eigenvector's sign is arbitrary: fix it, so that the same pixels give the same head
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    scale = (variances / variances[0]).clamp(min=1e-6).sqrt() ** -whiten  # (dim,)
-    weight = (axes * scale).T  # (dim, C)
-    linear = nn.Linear(channels, dim)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        linear.bias.copy_(-weight @ mean)
-    return nn.Sequential(linear).eval()
 
 
 def _layer(index: int, state: dict[str, Tensor]) -> nn.Module:

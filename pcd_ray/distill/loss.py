@@ -42,10 +42,11 @@ def contrastive_loss(
         negatives: (K, D) unit vectors from the queue.
         temperature: tau > 0, unitless.
         implementation: one of `IMPLEMENTATIONS`; all give the same number.
-        weights: (P,) 1 where a pixel has a positive and 0 where not; None counts all.
+        weights: (P,) share of each pixel in the loss, 0 for one without a positive; None: all
+            have the same, 1 / P.
 
     Returns:
-        Scalar mean over the pixels that count (0 when none does), in nats.
+        Scalar sum of the pixels' shares, in nats.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -64,7 +65,7 @@ def contrastive_loss(
     per_pixel = -F.logsigmoid(own - logsumexp)  # (P,)
     if weights is None:
         return per_pixel.mean()
-    return (per_pixel * weights).sum() / weights.sum().clamp(min=1)
+    return (per_pixel * weights).sum()
 
 
 def queue_logsumexp(
@@ -75,7 +76,7 @@ def queue_logsumexp(
     The negatives are constants: no gradient is computed for them.
     """
     if implementation == "plain":
-        return torch.logsumexp(queries @ negatives.T / temperature, dim=1)
+        return torch.logsumexp(queries @ negatives.detach().T / temperature, dim=1)
     attention = _fused_attention if implementation == "fused" else _chunked_attention
     result: Tensor = _AttentionLogSumExp.apply(queries, negatives, temperature, attention)
     return result

@@ -1,17 +1,27 @@
-"""One step of the method: views -> loss and the keys that the queue takes next.
+"""One step of the method: views -> losses and the keys that the queues take next.
+
+With several teachers (ours) the loss is the weighted sum of what each of them, a branch, gives:
+
+    loss = sum_b w_b * loss_b
+
+Weights are taken as they are given, not normalised to a sum of 1.
 
 Shapes: B images, D embedding channels, H x W positions, N = H * W, K queued negatives.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcd_ray.distill.feature_queue import FeatureQueue
+from pcd_ray.distill.grids import match_grids
 from pcd_ray.distill.loss import contrastive_loss
 from pcd_ray.distill.pairing import Pairs, pair_positions, pick
-from pcd_ray.distill.teacher import FrozenTeacher, resize_map
+from pcd_ray.distill.teacher import FrozenTeacher, TeacherIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,64 +65,152 @@ class DistillSettings:
     pairing_radius: float
     autocast: torch.dtype | None = None
     """Data type of the networks' matrix products; None: as the weights are."""
+    grid: tuple[int, int] | None = None
+    """H, W on which the loss compares maps; needed where not every position has a positive."""
+    grid_rule: str = "pool"
+    """How maps of different sizes come to that grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """One teacher, what it is compared with, and what its comparison counts."""
+
+    name: str = "teacher"
+    """Its section of the configuration."""
+    teacher: FrozenTeacher
+    queue: FeatureQueue
+    """Its last vectors: all that changes in a branch."""
+    settings: DistillSettings
+    weight: float = 1.0
+    """Weight of its loss in the sum."""
+    identity: TeacherIdentity
+    law_error: float
+    """Relative deviation from SpatialAdaptor's law, in float64."""
+    teacher_map: tuple[int, int, int]
+    """C, H, W of the teacher's backbone map."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gives: the loss with its graph, and what metrics and queue need, without."""
+    """What a branch gives: the loss with its graph, and what metrics and queue need, without."""
 
     loss: Tensor
     """Scalar, in nats."""
     keys: Tensor
-    """(B, D) unit vectors: the teacher's pooled maps."""
+    """(B, D) unit vectors: the teacher's own maps, pooled before anything resamples them."""
     student: Tensor
     """(B, N, D) unit vectors, detached."""
     teacher: Tensor
     """(B, N, D) unit vectors."""
     pairs: Pairs
+    shares: Tensor | None = None
+    """(B * N,) share of each position in the loss; None: all have the same."""
 
 
 def distill_step(
     student: nn.Module,
-    teacher: FrozenTeacher,
+    branches: Sequence[Branch],
+    batch: ViewBatch,
+    *,
+    num_pairs: Sequence[Tensor | None] | None = None,
+) -> list[StepResult]:
+    """Compare the student's pixels with each teacher's; update nothing.
+
+    Args:
+        student: maps views to a (B, D, H, W) for each branch, wrapped or not.
+        branches: the teachers, in the order of the student's heads.
+        batch: views and where they were cut.
+        num_pairs: for each branch what its loss's sum is divided by where the batch is a part of a
+            larger one, from `pairs_per_part`; None: the batch's own number of pairs.
+
+    Returns:
+        The result of each branch, not weighted; `weighted_sum` makes one loss of them.
+    """
+    device, dtype = batch.student.device.type, branches[0].settings.autocast
+    with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        student_maps = student(batch.student)  # (B, D, H, W) each
+        teacher_maps = [branch.teacher(batch.teacher) for branch in branches]  # (B, D, H', W')
+    return [
+        _compare(ours, theirs, branch.queue.negatives, batch, branch.settings, count)
+        for ours, theirs, branch, count in zip(
+            student_maps,
+            teacher_maps,
+            branches,
+            num_pairs or [None] * len(branches),
+            strict=True,
+        )
+    ]
+
+
+def weighted_sum(values: Sequence[Tensor], branches: Sequence[Branch]) -> Tensor:
+    """Return the sum over branches of weight times value, for scalars such as their losses."""
+    weighted = [branch.weight * value for value, branch in zip(values, branches, strict=True)]
+    return torch.stack(weighted).sum()
+
+
+def _compare(
+    student_map: Tensor,
+    teacher_map: Tensor,
     negatives: Tensor,
     batch: ViewBatch,
     settings: DistillSettings,
+    num_pairs: Tensor | None,
 ) -> StepResult:
-    """Compare the student's pixels with the teacher's; update nothing.
-
-    Args:
-        student: maps views to (B, D, H, W), wrapped or not.
-        teacher: maps views to a map of the same width, on a grid that the student's divides.
-        negatives: (K, D) unit vectors of the queue.
-        batch: views and where they were cut.
-        settings: temperature, pairing and so on.
-    """
-    device = batch.student.device.type
-    with torch.autocast(device, dtype=settings.autocast, enabled=settings.autocast is not None):
-        student_map = student(batch.student)  # (B, D, H, W)
-        teacher_map = teacher(batch.teacher)  # (B, D, H', W')
-    student_map = _at_least_float32(student_map)
-    grid = (student_map.shape[2], student_map.shape[3])
-    teacher_map = resize_map(_at_least_float32(teacher_map), grid)
+    """Return one branch's result from its (B, D, H, W) and (B, D, H', W') maps."""
+    student_map, teacher_map = _at_least_float32(student_map), _at_least_float32(teacher_map)
+    keys = F.normalize(teacher_map.mean((2, 3)), dim=1)  # (B, D)
+    student_map, teacher_map = match_grids(student_map, teacher_map, rule=settings.grid_rule)
     s, t = _unit_pixels(student_map), _unit_pixels(teacher_map)  # (B, N, D)
     pairs = pair_positions(
         settings.pairing,
         batch.student_box,
         batch.teacher_box,
-        grid=grid,
+        grid=(student_map.shape[2], student_map.shape[3]),
         radius=settings.pairing_radius,
     )
+    shares = _shares(pairs, num_pairs, dtype=s.dtype)
     loss = contrastive_loss(
         s.flatten(0, 1),
         pick(t, pairs).flatten(0, 1),
         negatives,
         temperature=settings.temperature,
         implementation=settings.implementation,
-        weights=None if pairs.weights is None else pairs.weights.flatten(),
+        weights=shares,
     )
-    keys = F.normalize(teacher_map.mean((2, 3)), dim=1)  # (B, D)
-    return StepResult(loss, keys, s.detach(), t, pairs)
+    return StepResult(loss, keys, s.detach(), t, pairs, shares)
+
+
+def _shares(pairs: Pairs, num_pairs: Tensor | None, *, dtype: torch.dtype) -> Tensor | None:
+    """Return each position's share (B * N,) in the loss; all are 0 where nothing has a positive."""
+    if pairs.weights is None:
+        return None
+    total = pairs.weights.sum() if num_pairs is None else num_pairs
+    total = torch.where(total > 0, total, torch.ones_like(total)).to(dtype)
+    return pairs.weights.flatten().to(dtype) / total
+
+
+def pairs_per_part(batch: ViewBatch, settings: DistillSettings, *, parts: int) -> Tensor | None:
+    """Return the mean number of pairs over the parts of a batch and over ranks; a collective.
+
+    Divided by it, the parts' losses have the whole global batch's loss as their mean, however the
+    batch was cut. None: every position has a positive, so that equal parts weigh alike anyway.
+    """
+    if settings.pairing != "cross_view_geometric":
+        return None
+    assert settings.grid is not None
+    pairs = pair_positions(
+        settings.pairing,
+        batch.student_box,
+        batch.teacher_box,
+        grid=settings.grid,
+        radius=settings.pairing_radius,
+    )
+    assert pairs.weights is not None
+    count = pairs.weights.sum() / parts
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(count)
+        count /= dist.get_world_size()
+    return count
 
 
 def _unit_pixels(maps: Tensor) -> Tensor:

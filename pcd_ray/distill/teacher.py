@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcd_ray.distill.backbones import Backbone
@@ -26,7 +25,7 @@ class TeacherIdentity:
     licence: str
     """Licence of the weights; ``unknown`` when nothing says."""
     head: str
-    """Its projection head: ``published``, ``pca`` or ``none``."""
+    """Its projection head: ``published``, ``pca``, ``contrastive`` or ``none``."""
     sha256: str = ""
     """Hash of all weights, head included."""
 
@@ -38,10 +37,13 @@ class FrozenTeacher(nn.Module):
     law holds only while they stand still.
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Sequential | None, *, rule: str) -> None:
+    def __init__(
+        self, backbone: Backbone, head: nn.Sequential | None, *, rule: str, gate_window: int = 0
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.adaptor = SpatialAdaptor(head if head is not None else nn.Sequential(), rule=rule)
+        layers = head if head is not None else nn.Sequential()
+        self.adaptor = SpatialAdaptor(layers, rule=rule, gate_window=gate_window)
         self.requires_grad_(False)
         self.train(False)
 
@@ -59,10 +61,3 @@ class FrozenTeacher(nn.Module):
         """Map (B, S, S, 3) uint8 images to the adapted map (B, D, H, W), not normalised."""
         result: Tensor = self.adaptor(self.backbone(images))
         return result
-
-
-def resize_map(teacher_map: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average a (B, D, H, W) map down to a grid that divides its own; the mean is kept exactly."""
-    if tuple(teacher_map.shape[2:]) == grid:
-        return teacher_map
-    return F.adaptive_avg_pool2d(teacher_map, grid)

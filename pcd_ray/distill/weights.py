@@ -1,19 +1,20 @@
-"""Published weights files -> backbone and head weights, nothing left over.
+"""Weights files: read without running anything, load into a backbone whole, hash, write our own.
 
-Three layouts are read: MoCo v3 ResNet-50 as published, our own (``backbone.``, ``head.`` and
-metadata), and timm's own names. More releases are further rows of `RELEASES`.
-
-No file is unpickled freely: ``.safetensors``, or torch files with ``weights_only``.
+Read are ``.safetensors`` and torch files of both kinds (zip and older) by torch's ``weights_only``
+unpickler. Old checkpoints name a few harmless things besides tensors (`_NO_TENSORS`): an inert
+object stands in for each, so not even those are imported or called. Anything else is refused.
+What a file's keys mean is in `releases` and `teacher_parts`.
 """
 
 import hashlib
 import io
 import json
 import pickle
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from pcd_ray import storage
 from pcd_ray.distill.backbones import Backbone
-from pcd_ray.distill.heads import MlpShape, head_from_state, shape_of
 from pcd_ray.errors import WeightsError
 
 METADATA_KEY = "pcd_ray"
@@ -29,16 +29,21 @@ METADATA_KEY = "pcd_ray"
 _LISTED_KEYS = 6  # of a long list of keys, the first few say enough
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A published teacher: which timm model it is and under what terms."""
-
-    timm_name: str
-    method: str
-    licence: str
-
-
-RELEASES = {"mocov3_resnet50": Release("resnet50", "MoCo v3", "CC-BY-NC-4.0")}
+_CONTAINERS = ("state_dict", "teacher", "model")
+"""Entries that hold the weights: MoCo's, DINO's, and that of Barlow Twins, VICReg and BYOL."""
+_NO_TENSORS = (
+    "argparse.Namespace",  # DINO's arguments
+    "pathlib.PosixPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",  # scores beside the weights
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "__main__.exclude_bias_and_norm",  # in the optimiser of Barlow Twins and VICReg
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # solo-learn's
+)
+"""What published checkpoints name besides tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +54,23 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     sha256: str
+    beside: tuple[str, ...] = ()
+    """Names of what the file holds beside the weights: optimiser, arguments, another network."""
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherParts:
-    """A weights file taken apart."""
+class _LeftOut:
+    """Stands for what is no tensor: takes anything, does nothing."""
 
-    layout: str
-    """``mocov3``, ``pcd_ray`` or ``timm``."""
-    backbone: dict[str, Tensor]
-    """Weights under timm's names."""
-    head: nn.Sequential | None
-    """The projection head for vectors; None: the file holds none."""
-    predictor: MlpShape | None
-    """Shape of the predictor behind it, which the student mirrors."""
-    unused: dict[str, str] = field(default_factory=dict)
-    """Groups of keys that are knowingly left out, and why."""
+    def __new__(cls, *_: object) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
 
 
 def read_weights(uri: str) -> WeightsFile:
-    """Read a .safetensors or torch file; a ``state_dict`` container is opened.
+    """Read a .safetensors or torch file; the entry that holds the weights is opened.
 
     Raises:
         StorageError: the file cannot be read.
@@ -77,24 +79,15 @@ def read_weights(uri: str) -> WeightsFile:
     data = storage.read_bytes(uri)
     if not data:
         raise WeightsError(f"{uri} is empty (0 bytes); fetch the file again")
-    tensors, metadata = _parse(uri, data)
-    if not tensors:
+    sha256 = hashlib.sha256(data).hexdigest()
+    if _looks_like_safetensors(data):
+        file = WeightsFile(uri, *_safetensors(uri, data), sha256)
+    else:
+        tensors, beside = _tensors_of(uri, _torch_content(uri, data))
+        file = WeightsFile(uri, tensors, {}, sha256, beside)
+    if not file.tensors:
         raise WeightsError(f"{uri} holds no tensors; give a weights file")
-    return WeightsFile(uri, tensors, metadata, hashlib.sha256(data).hexdigest())
-
-
-def take_apart(file: WeightsFile) -> TeacherParts:
-    """Recognise a file's layout by its keys and split it into backbone and head.
-
-    Raises:
-        WeightsError: keys that belong to no part.
-    """
-    keys = file.tensors.keys()
-    if any(key.startswith("module.momentum_encoder.") for key in keys):
-        return _take_mocov3_apart(file)
-    if any(key.startswith("backbone.") for key in keys) and METADATA_KEY in file.metadata:
-        return _take_own_apart(file)
-    return TeacherParts("timm", dict(file.tensors), None, None)
+    return file
 
 
 def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], *, uri: str) -> None:
@@ -113,7 +106,7 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], *, uri: str) 
         if key in state and state[key].shape != own[key].shape
     ]
     problems = [
-        f"{len(names)} {what}: {_listed(names)}"
+        f"{len(names)} {what}: {listed(names)}"
         for names, what in ((missing, "keys missing"), (left, "keys left over"), (wrong, "shapes"))
         if names
     ]
@@ -154,29 +147,50 @@ def save_teacher(
     )
 
 
-def _parse(uri: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if _looks_like_safetensors(data):
-        try:
-            tensors = safetensors.torch.load(data)
-        except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
-            raise WeightsError(
-                f"{uri} is a damaged safetensors file ({error}); fetch the file again"
-            ) from error
-        return tensors, _safetensors_metadata(uri, data)
+def listed(names: list[str]) -> str:
+    """Return names in a row, a long list cut."""
+    more = f", ... ({len(names) - _LISTED_KEYS} more)" if len(names) > _LISTED_KEYS else ""
+    return ", ".join(names[:_LISTED_KEYS]) + more
+
+
+def _safetensors(uri: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
         raise WeightsError(
-            f"{uri} is no torch file of plain tensors and is not unpickled freely "
-            f"({str(error).splitlines()[0]}); save its state dict alone, or as .safetensors"
+            f"{uri} is a damaged safetensors file ({error}); fetch the file again"
         ) from error
+    return tensors, _safetensors_metadata(uri, data)
+
+
+def _torch_content(uri: str, data: bytes) -> object:
+    inert: list[Any] = [(_LeftOut, name) for name in _NO_TENSORS]
+    try:
+        with torch.serialization.safe_globals(inert):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(_unpickling_words(uri, str(error))) from error
     except Exception as error:  # bytes that are no torch file fail in any way
         cause = [type(error).__name__, *str(error).splitlines()][:2]
         raise WeightsError(
             f"{uri} is truncated or no weights file ({': '.join(cause)}); "
             "give a .safetensors or .pth file"
         ) from error
-    return _tensors_of(uri, content), {}
+
+
+def _unpickling_words(uri: str, problem: str) -> str:
+    named = re.search(r"GLOBAL (\S+)", problem)
+    if named:
+        return (
+            f"{uri} names {named[1]}, which no weights need, and is not unpickled freely; give the "
+            "file as its publisher has it, or save its state dict alone, or as .safetensors"
+        )
+    found = re.search(r"WeightsUnpickler error: (.*)", problem)
+    return (
+        f"{uri} is no torch file of plain tensors and is not unpickled freely "
+        f"({found[1] if found else problem.splitlines()[0]}); save its state dict alone, or as "
+        ".safetensors"
+    )
 
 
 def _looks_like_safetensors(data: bytes) -> bool:
@@ -196,76 +210,24 @@ def _safetensors_metadata(uri: str, data: bytes) -> dict[str, Any]:
     return found
 
 
-def _tensors_of(uri: str, content: object) -> dict[str, Tensor]:
+def _tensors_of(uri: str, content: object) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     if isinstance(content, dict):
-        inner = content.get("state_dict", content)
-        if isinstance(inner, dict) and inner:
+        entry = next((name for name in _CONTAINERS if isinstance(content.get(name), dict)), None)
+        inner = content[entry] if entry else content
+        if inner:
             tensors = {str(k): v for k, v in inner.items() if isinstance(v, Tensor)}
             if len(tensors) == len(inner):
-                return tensors
+                beside = [str(name) for name in content if name != entry] if entry else []
+                return tensors, tuple(beside)
             strange = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
             raise WeightsError(
-                f"{uri} holds entries that are no tensors: {_listed(strange)}; "
+                f"{uri} holds entries that are no tensors: {listed(strange)}; "
                 "give the file that holds the state dict"
             )
     raise WeightsError(f"{uri} holds a {type(content).__name__}, not a state dict of tensors")
-
-
-def _take_mocov3_apart(file: WeightsFile) -> TeacherParts:
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, value in file.tensors.items():
-        group = next((g for g in _MOCOV3_GROUPS if key.startswith(g)), "")
-        groups.setdefault(group, {})[key.removeprefix(group)] = value
-    if "" in groups:
-        raise WeightsError(
-            f"{file.uri}: {len(groups[''])} keys belong to no part of MoCo v3: "
-            f"{_listed(list(groups['']))}; give the file as published"
-        )
-    encoder = groups["module.momentum_encoder."]
-    head = {k.removeprefix("fc."): v for k, v in encoder.items() if k.startswith("fc.")}
-    if not head:
-        raise WeightsError(
-            f"{file.uri}: the momentum encoder has no head (fc.*); MoCo v3 vision transformers "
-            "keep theirs elsewhere and are not read as mocov3_resnet50; give the ResNet-50 file"
-        )
-    predictor = groups.get("module.predictor.")
-    return TeacherParts(
-        layout="mocov3",
-        backbone={k: v for k, v in encoder.items() if not k.startswith("fc.")},
-        head=head_from_state(head),
-        predictor=shape_of(head_from_state(predictor)) if predictor else None,
-        unused={
-            name: why
-            for name, why in (
-                ("module.base_encoder.", "the online network, of which the momentum one is a mean"),
-                ("module.predictor.", "only its shape is used: the student mirrors it"),
-            )
-            if name in groups
-        },
-    )
-
-
-_MOCOV3_GROUPS = ("module.momentum_encoder.", "module.base_encoder.", "module.predictor.")
-
-
-def _take_own_apart(file: WeightsFile) -> TeacherParts:
-    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
-    for key, value in file.tensors.items():
-        group, _, rest = key.partition(".")
-        if group not in parts:
-            raise WeightsError(f"{file.uri}: key {key!r} is neither backbone.* nor head.*")
-        parts[group][rest] = value
-    activation = str(file.metadata[METADATA_KEY].get("activation", "relu"))
-    head = head_from_state(parts["head"], activation=activation) if parts["head"] else None
-    return TeacherParts("pcd_ray", parts["backbone"], head, None)
 
 
 def _classifier_names(body: nn.Module) -> tuple[str, ...]:
     config: Any = body.pretrained_cfg
     names = config.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _listed(names: list[str]) -> str:
-    more = f", ... ({len(names) - _LISTED_KEYS} more)" if len(names) > _LISTED_KEYS else ""
-    return ", ".join(names[:_LISTED_KEYS]) + more

@@ -21,6 +21,8 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pcd_ray import metric_names as names
+
 Pixels = NDArray[np.uint8]
 Pictures = Sequence[Pixels] | Tensor | Pixels
 """Pictures or masks of equal or different sizes, one after another."""
@@ -46,13 +48,13 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("train/loss", "Loss", "nats"),
-    _Panel("train/positive_cosine", "Positive cosine"),
-    _Panel("train/queue_top1_pct", "Image retrieval top-1", "%"),
-    _Panel("train/pixel_top1_pct", "Pixel retrieval top-1", "%"),
-    _Panel("train/effective_rank", "Effective rank"),
-    _Panel("eval/knn_top1_pct", "kNN top-1", "%"),
-    _Panel("optim/lr", "Learning rate"),
+    _Panel(names.LOSS, "Loss", "nats"),
+    _Panel(names.POSITIVE_COSINE, "Positive cosine"),
+    _Panel(names.QUEUE_TOP1, "Image retrieval top-1", "%"),
+    _Panel(names.PIXEL_TOP1, "Pixel retrieval top-1", "%"),
+    _Panel(names.EFFECTIVE_RANK, "Effective rank"),
+    _Panel(names.KNN_TOP1, "kNN top-1", "%"),
+    _Panel(names.LEARNING_RATE, "Learning rate"),
 )
 
 
@@ -82,7 +84,7 @@ def loss_curve(
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for axis, panel in zip(axes, panels, strict=False):
         _draw_panel(axis, panel, history)
-        if panel.key == "eval/knn_top1_pct":
+        if panel.key == names.KNN_TOP1:
             _draw_references(axis, knn_references or {})
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -214,14 +216,10 @@ def _draw_panel(axis: Axes, panel: _Panel, history: Sequence[Mapping[str, float]
     marker = "o" if len(logged) <= 20 else ""
     axis.plot(*logged.T, color=_BLUE, linewidth=0.7, alpha=0.3)
     axis.plot(*_smooth(logged).T, color=_BLUE, linewidth=1.8, marker=marker, markersize=3.5)
-    if panel.key == "train/loss":
-        floor = [
-            {**line, "floor": line["train/loss"] - line["train/loss_above_floor"]}
-            for line in history
-            if "train/loss" in line and "train/loss_above_floor" in line
-        ]
-        if floor:
-            lowest = _smooth(_points(floor, "floor"))
+    if panel.key == names.LOSS:
+        floor = _points(history, names.LOSS_FLOOR)
+        if len(floor):
+            lowest = _smooth(floor)
             axis.plot(*lowest.T, color=_FAINT, linewidth=1.2)
             _name_line(axis, "floor: a perfect student", float(lowest[-1, 1]), color=_FAINT)
     _dress(axis, f"{panel.title} ({panel.unit})" if panel.unit else panel.title)

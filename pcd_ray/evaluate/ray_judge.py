@@ -1,11 +1,14 @@
 """Judge a finished run from storage: kNN, segmentation probe and figures, as one Ray task.
 
-The untrained student, the distilled student and the teacher are judged alike, on the features of
+The untrained student, the distilled student and the teachers are judged alike, on the features of
 their frozen backbones.
 """
 
 import math
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +23,16 @@ from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import Backbone, map_shape
-from pcd_ray.distill.build import build_student, load_teacher
-from pcd_ray.errors import ConfigError, PcdError, TrainingError
+from pcd_ray.distill.build import build_student, load_teachers
+from pcd_ray.errors import ConfigError, PcdError, naming
+from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps, segmentation_grid, views_grid
-from pcd_ray.evaluate.ray_knn import knn_scores, open_knn_images
+from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
-from pcd_ray.evaluate.segmentation_data import SegmentationData, open_segmentation
+from pcd_ray.evaluate.segmentation_data import SegmentationData
 from pcd_ray.ray_cluster import PASSIVE_THREADS
 
-NETWORKS = ("untrained", "student", "teacher")
 _FIGURE_IMAGES = 6
 _FIGURE_SCENES = 4
 _FIGURE_ZOOM = 3  # side of those images, in sides of training views
@@ -45,10 +48,14 @@ class Judgement:
     """Metric -> network -> value, e.g. ``knn_top1`` and ``segmentation_miou``."""
     segmentation_classes: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """Class -> network -> IoU on the validation split; None: it occurs nowhere."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """What could not be judged or drawn -> why."""
 
 
 def judge(config: Config, *, device: str, cpus: float) -> Judgement:
     """Judge the newest checkpoint of a run in a Ray task; write its figures to the run's folder.
+
+    A score that cannot be had costs itself alone.
 
     Args:
         config: the run.
@@ -56,9 +63,9 @@ def judge(config: Config, *, device: str, cpus: float) -> Judgement:
         cpus: CPUs that the task reserves, the rest is left to Ray Data.
 
     Raises:
-        CheckpointError: the run has no checkpoint.
-        ShardError: an evaluation set is not what it should be.
+        CheckpointError: the run has no whole checkpoint.
     """
+    step = int(find_checkpoint(RunFolder.of(config).uri).about["step"])
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=1 if device == "cuda" else 0,
@@ -66,21 +73,11 @@ def judge(config: Config, *, device: str, cpus: float) -> Judgement:
     )(_judge)
     try:
         result: Judgement = ray.get(task.remote(config, device))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PcdError):
-            raise error.cause from error  # our own errors speak for themselves
-        raise _not_judged(error) from error
     except ray.exceptions.RayError as error:
-        raise _not_judged(error) from error
+        return Judgement(
+            step, failures={"any score": _story(getattr(error, "cause", None) or error)}
+        )
     return result
-
-
-def _not_judged(error: Exception) -> TrainingError:
-    story = str(error).strip().splitlines() or [type(error).__name__]
-    return TrainingError(
-        f"the run is finished and stored, but could not be judged ({story[-1]}); the same command "
-        "judges it again"
-    )
 
 
 def _judge(config: Config, device: str) -> Judgement:
@@ -88,17 +85,45 @@ def _judge(config: Config, device: str) -> Judgement:
     place = torch.device(device)
     stored = find_checkpoint(RunFolder.of(config).uri)
     networks = _networks(config, stored, place)
-    scores = _knn(config, networks, place)
-    classes: dict[str, dict[str, float | None]] = {}
-    if config.eval.segmentation:
-        data = open_segmentation(config.eval.segmentation, size_px=config.eval.segmentation_size_px)
+    judged = Judgement(int(stored.about["step"]))
+    with _noted("kNN", judged.failures):
+        judged.scores.update(_knn(config, networks, place))
+    with _noted("segmentation", judged.failures):
+        _judge_segmentation(config, networks, judged)
+    with _noted("pictures", judged.failures):
+        _draw_views(config)
+        _draw_maps(config, networks, place)
+    return judged
+
+
+@contextmanager
+def _noted(part: str, failures: dict[str, str]) -> Iterator[None]:
+    """Go on without a part that fails, of whatever cause: days of training lie before it."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        failures[part] = _story(error)
+
+
+def _story(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    if isinstance(error, PcdError):  # our own errors speak for themselves
+        return " ".join(lines)
+    return ": ".join([type(error).__name__, *lines[-1:]])
+
+
+def _judge_segmentation(config: Config, networks: dict[str, Backbone], judged: Judgement) -> None:
+    picture = RunFolder.of(config).file("figures", "segmentation.png")
+    storage.delete_file(picture)  # an earlier judgement's
+    data = open_probe(config)
+    if data is None:
+        return
+    with naming("eval.segmentation"):
         probes = _probes(config, data, networks)
-        scores |= _segmentation_scores(probes)
-        classes = _class_scores(probes, data)
-        _draw_predictions(config, data, networks, probes)
-    _draw_views(config)
-    _draw_maps(config, networks, place)
-    return Judgement(int(stored.about["step"]), scores, classes)
+    judged.scores.update(_segmentation_scores(probes))
+    judged.segmentation_classes.update(_class_scores(probes, data))
+    storage.write_bytes(picture, _drawn_predictions(data, networks, probes))
 
 
 def _networks(config: Config, stored: Checkpoint, device: torch.device) -> dict[str, Backbone]:
@@ -107,12 +132,13 @@ def _networks(config: Config, stored: Checkpoint, device: torch.device) -> dict[
     student.backbone.load_state_dict(
         {
             key.removeprefix(prefix): value
-            for key, value in stored.state["student"].items()
+            for key, value in stored.student_weights().items()
             if key.startswith(prefix)
         }
     )
-    found = (untrained.backbone, student.backbone, load_teacher(config.teacher).backbone)
-    return {name: network.to(device).eval() for name, network in zip(NETWORKS, found, strict=True)}
+    found = {"untrained": untrained.backbone, "student": student.backbone}
+    found |= {loaded.name: loaded.backbone for loaded in load_teachers(config)}
+    return {name: network.to(device).eval() for name, network in found.items()}
 
 
 def _knn(
@@ -172,12 +198,11 @@ def _class_scores(
     }
 
 
-def _draw_predictions(
-    config: Config,
+def _drawn_predictions(
     data: SegmentationData,
     networks: dict[str, Backbone],
     probes: dict[str, ProbeResult],
-) -> None:
+) -> bytes:
     names = data.names("val")
     spread = np.linspace(0, len(names) - 1, min(_FIGURE_SCENES, len(names))).astype(int)
     examples = [data.example(names[place]) for place in spread]
@@ -189,8 +214,7 @@ def _draw_predictions(
         for name, network in networks.items()
     }
     images, truth = zip(*examples, strict=True)
-    png = segmentation_grid(images, truth, predictions, data.classes)
-    storage.write_bytes(RunFolder.of(config).file("figures", "segmentation.png"), png)
+    return segmentation_grid(images, truth, predictions, data.classes)
 
 
 def _draw_views(config: Config) -> None:

@@ -4,7 +4,6 @@ Shapes: N images, C backbone channels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -12,47 +11,15 @@ import torch
 from torch import Tensor
 
 from pcd_ray.config import Config
-from pcd_ray.data.image_index import classes_of, column, relabelled
+from pcd_ray.data.image_index import column
 from pcd_ray.data.ray_views import eval_batches
-from pcd_ray.data.sources import open_index
-from pcd_ray.errors import ShardError
+from pcd_ray.errors import naming
+from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.features import FeatureMap, pooled_features
 from pcd_ray.evaluate.knn import knn_top1_pct
 
-
-@dataclass(frozen=True, slots=True)
-class KnnImages:
-    """The images that vote and those that are classified, labels counted alike."""
-
-    train: pa.Table
-    test: pa.Table
-
-
 Gather = Callable[[Tensor], Sequence[Tensor]]
 """Collects one tensor of each rank, in rank order."""
-
-
-def open_knn_images(config: Config) -> KnnImages | None:
-    """Return the images of ``eval.knn_train`` and ``eval.knn_test``; None when they are not set.
-
-    Raises:
-        ShardError: a collection has no labels, or the two share no class.
-    """
-    if not config.eval.knn_train:
-        return None
-    train, test = open_index(config.eval.knn_train), open_index(config.eval.knn_test)
-    classes = classes_of(train)
-    if not classes or not classes_of(test):
-        bare = config.eval.knn_test if classes else config.eval.knn_train
-        raise ShardError(f"{bare} has no labels; give class subfolders or shards packed from them")
-    test = relabelled(test, classes)
-    known = column(test, "label") >= 0
-    if not known.any():
-        raise ShardError(
-            f"eval.knn_test={config.eval.knn_test} shares no class with eval.knn_train="
-            f"{config.eval.knn_train}; give two parts of one data set"
-        )
-    return KnnImages(train, test.filter(pa.array(known)))
 
 
 def knn_scores(  # noqa: PLR0913 - the network, the images, and who shares the work
@@ -77,9 +44,10 @@ def knn_scores(  # noqa: PLR0913 - the network, the images, and who shares the w
         gather: collects the ranks' parts.
     """
     parts = []
-    for index in (images.train, images.test):
+    for option, index in (("eval.knn_train", images.train), ("eval.knn_test", images.test)):
         rows = np.arange(rank, index.num_rows, num_ranks)
-        features = _features(feature_map, index, rows, config, device)
+        with naming(option):
+            features = _features(feature_map, index, rows, config, device)
         labels = torch.from_numpy(column(index, "label")[rows]).long()
         parts += [torch.cat(list(gather(features))), torch.cat(list(gather(labels)))]
     ks = sorted({1, min(config.eval.knn_k, images.train.num_rows)})

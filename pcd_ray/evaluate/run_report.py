@@ -1,6 +1,5 @@
 """The page of a run: its scores, curves and pictures, in one file that opens without a network."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, to_yaml
 from pcd_ray.evaluate.figures import loss_curve
+from pcd_ray.evaluate.references import stored_references
 from pcd_ray.evaluate.report import Figure, Table, render_report
 
 _METRICS = {
@@ -20,6 +20,7 @@ _NETWORKS = {
     "untrained": "Student, untrained",
     "student": "Student, distilled",
     "teacher": "Teacher",
+    "teacher_2": "Second teacher",
 }
 _PICTURES = {
     "pca_maps.png": "The same images as each network's frozen backbone sees them: the three "
@@ -43,7 +44,7 @@ def write_report(
         summary: what ``summary.json`` holds.
         history: lines of ``metrics.jsonl``.
     """
-    figures = [*_curves(folder, summary, history), *_pictures(folder)]
+    figures = [*_curves(folder, config, summary, history), *_pictures(folder)]
     page = render_report(
         title=f"Distilling {config.student.backbone} pixel by pixel: {config.run.name}",
         lead=_lead(config, summary),
@@ -58,15 +59,15 @@ def write_report(
 
 
 def _curves(
-    folder: RunFolder, summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    folder: RunFolder,
+    config: Config,
+    summary: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
 ) -> list[Figure]:
     if not history:
         return []
-    scores = summary.get("knn_top1", {})
-    uri = folder.file("references.json")
-    if storage.exists(uri):
-        scores = next(iter(json.loads(storage.read_text(uri)).values()))
-    references = {_NETWORKS[n]: v for n, v in scores.items() if n in ("untrained", "teacher")}
+    scores = stored_references(folder, config) or summary.get("knn_top1", {})
+    references = {_NETWORKS[n]: scores[n] for n in _NETWORKS if n in scores and n != "student"}
     png = loss_curve(history, knn_references=references)
     storage.write_bytes(folder.file("figures", "loss_curve.png"), png)
     return [Figure(png, "How training went. Chance for a position is 100 / positions of the map.")]
@@ -82,9 +83,10 @@ def _pictures(folder: RunFolder) -> list[Figure]:
 
 
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
-    header = ("", *_NETWORKS.values())
+    networks = [name for name in _NETWORKS if name != "teacher_2" or name in summary["plan"]]
+    header = ("", *(_NETWORKS[name] for name in networks))
     rows = [
-        (title, *(f"{summary[key][network]:.1f}" for network in _NETWORKS))
+        (title, *(f"{summary[key][network]:.1f}" for network in networks))
         for key, title in _METRICS.items()
         if key in summary
     ]
@@ -92,7 +94,7 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     classes = summary.get("segmentation_classes") or {}
     if classes:
         rows = [
-            (name, *("-" if scores[n] is None else f"{scores[n]:.1f}" for n in _NETWORKS))
+            (name, *("-" if scores[n] is None else f"{scores[n]:.1f}" for n in networks))
             for name, scores in classes.items()
         ]
         tables.append(Table("Segmentation by class: IoU %, validation", header, rows))
@@ -101,9 +103,12 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
 
 def _lead(config: Config, summary: Mapping[str, Any]) -> str:
     plan = summary["plan"]
+    teachers = " and ".join(
+        f"{teacher['arch']} ({teacher['source']})" for teacher in _teachers(plan).values()
+    )
     return (
         f"A {config.student.backbone} ({plan['backbone_parameters'] / 1e6:.1f} M parameters) "
-        f"learned from {plan['teacher']['arch']} ({plan['teacher']['source']}) on "
+        f"learned from {teachers} on "
         f"{plan['images']:,} unlabelled images in {summary['step']:,} steps of "
         f"{plan['global_batch_size']}, {summary['training_s'] / 60:.1f} minutes on "
         f"{plan['num_workers']} {plan['device']} worker(s)."
@@ -113,11 +118,26 @@ def _lead(config: Config, summary: Mapping[str, Any]) -> str:
 def _notes(config: Config, summary: Mapping[str, Any]) -> list[str]:
     plan = summary["plan"]
     return [
+        *(f"Not judged: {part} ({why})." for part, why in summary.get("not_judged", {}).items()),
         "Labels were used for judging alone, never for training.",
         f"One seed ({config.run.seed}): differences of a point or two may be chance.",
-        f"Teacher's licence: {plan['teacher']['licence']}.",
-        f"SpatialAdaptor's law on this teacher: relative error {plan['law_error']:.1e} in float64 "
-        f"(rule {config.teacher.adaptor.rule}).",
+        *(
+            f"{_NETWORKS[name]}'s licence: {teacher['licence']}."
+            for name, teacher in _teachers(plan).items()
+        ),
+        *(
+            f"SpatialAdaptor's law on {'this teacher' if name == 'teacher' else name}: relative "
+            f"error {teacher.get('law_error', plan['law_error']):.1e} in float64 (rule "
+            f"{options.adaptor.rule}, mean over the {options.adaptor.gate_mean})."
+            for (name, teacher), options in zip(
+                _teachers(plan).items(), config.teachers.values(), strict=True
+            )
+        ),
         f"Losses of other temperatures or queue sizes are not comparable: a student that knows "
         f"nothing costs {plan['chance_loss']:.2f} here.",
     ]
+
+
+def _teachers(plan: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what the plan says of each teacher, by the name of its section."""
+    return {name: plan[name] for name in ("teacher", "teacher_2") if name in plan}

@@ -167,10 +167,10 @@ def _lines(uri: str, name: str) -> tuple[str, ...]:
 
 def _files(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Return id -> URI of the files in a folder; an id is a path without its suffix."""
-    start = len(storage.absolute(storage.join(uri, folder)).partition("?")[0]) + 1
+    start = len(storage.split_query(storage.absolute(storage.join(uri, folder)))[0]) + 1
     found = {}
     for file in storage.list_files(storage.join(uri, folder)):
-        name, dot, suffix = file.uri.partition("?")[0][start:].rpartition(".")
+        name, dot, suffix = storage.split_query(file.uri)[0][start:].rpartition(".")
         if (dot + suffix).lower() in suffixes:
             found[name] = file.uri
     return found
@@ -180,7 +180,7 @@ def _decoded(uri: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(storage.read_bytes(uri)))
         image.load()
-    except (OSError, SyntaxError) as error:  # PIL's PNG reader raises SyntaxError
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PNG: SyntaxError
         raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
     return image
 

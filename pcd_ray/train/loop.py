@@ -7,25 +7,33 @@ Shapes: B images per worker and step, D embedding channels.
 
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pcd_ray import metric_names as names
 from pcd_ray.data.plan import SeenAudit
-from pcd_ray.distill.diagnostics import diagnose
-from pcd_ray.distill.feature_queue import FeatureQueue, gather_rows
-from pcd_ray.distill.step import DistillSettings, StepResult, ViewBatch, distill_step
+from pcd_ray.distill.diagnostics import diagnose_branches
+from pcd_ray.distill.feature_queue import gather_rows
+from pcd_ray.distill.step import (
+    Branch,
+    StepResult,
+    ViewBatch,
+    distill_step,
+    pairs_per_part,
+    weighted_sum,
+)
 from pcd_ray.distill.student import Student
-from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.errors import TrainingError
 from pcd_ray.seeds import derive_seed
-from pcd_ray.train import metrics as names
+from pcd_ray.train.metrics import mean_over_ranks
 from pcd_ray.train.optim import Schedule, set_learning_rate
 
 HostBatch = Mapping[str, np.ndarray[Any, Any]]
@@ -37,7 +45,7 @@ _CALMER = "Lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.clip_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopSettings:
-    """What the loop needs to know besides the method's own settings."""
+    """What the loop needs to know besides the branches' own settings."""
 
     schedule: Schedule
     images_per_epoch: int
@@ -55,11 +63,23 @@ class TrainState:
     student: nn.Module
     """The student, wrapped for several ranks or not."""
     optimizer: torch.optim.Optimizer
-    queue: FeatureQueue
+    branches: Sequence[Branch]
+    """Whom it learns from, in the order of its heads; their queues change."""
     step: int = 0
     """Optimiser steps done."""
     audit: SeenAudit = field(default_factory=SeenAudit)
     """What this rank has read."""
+    average: ModelEmaV3 | None = None
+    """Moving average of the student, from `moving_average`."""
+
+    @property
+    def judged(self) -> Student:
+        """The student that is judged and exported: the moving average where one is kept."""
+        if self.average is None:
+            return unwrapped(self.student)
+        module = self.average.module
+        assert isinstance(module, Student)
+        return module
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of a checkpoint; a collective: every rank calls it.
@@ -71,27 +91,34 @@ class TrainState:
             TrainingError: the student holds a number that is not finite; nobody could go on from
                 such a checkpoint.
         """
-        student = unwrapped(self.student)
-        average_batchnorm(student)
-        values = student.state_dict()
-        _check_finite(values, self.step)
+        networks = {"student": unwrapped(self.student)}
+        if self.average is not None:
+            networks["average"] = self.judged
+        for network in networks.values():
+            average_batchnorm(network)
+        values = {name: network.state_dict() for name, network in networks.items()}
+        for weights in values.values():
+            _check_finite(weights, self.step)
         self.audit = _merged_audit(self.audit)
-        return {
-            "student": values,
+        return values | {
             "optimizer": self.optimizer.state_dict(),
-            "queue": self.queue.state_dict(),
+            "queues": [branch.queue.state_dict() for branch in self.branches],
             "step": self.step,
             "audit": self.audit.state() if _rank() == 0 else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state."""
+        """Continue from a checkpoint's state; a new moving average starts at its student."""
         unwrapped(self.student).load_state_dict(state["student"], strict=True)
+        if self.average is not None:
+            weights = state.get("average", state["student"])
+            self.average.module.load_state_dict(weights, strict=True)
         settings = [_without_params(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # the run's options hold, not those of the stored groups
-        self.queue.load_state_dict(state["queue"])
+        for branch, queue in zip(self.branches, state["queues"], strict=True):
+            branch.queue.load_state_dict(queue)
         self.step = int(state["step"])
         self.audit = SeenAudit(state["audit"] if _rank() == 0 else [])
 
@@ -109,11 +136,7 @@ class StepDone:
 
 
 def train_steps(
-    state: TrainState,
-    teacher: FrozenTeacher,
-    batches: Iterable[HostBatch],
-    distill: DistillSettings,
-    settings: LoopSettings,
+    state: TrainState, batches: Iterable[HostBatch], settings: LoopSettings
 ) -> Iterator[StepDone]:
     """Train on one batch after another; yield after each optimiser step.
 
@@ -129,14 +152,14 @@ def train_steps(
         set_learning_rate(state.optimizer, learning_rate)
         number = state.step + 1
         logs = number % settings.log_every_steps == 0 or number == settings.schedule.total_steps
-        watched = train_step(state, teacher, views_of(host, device), distill, settings, watch=logs)
+        watched = train_step(state, views_of(host, device), settings, watch=logs)
         state.audit.add(host["epoch"], host["row"])
-        clock.add(watched.pop("loss"))
+        clock.add({name: watched.pop(name) for name in _loss_names(state.branches)})
         metrics = None
         if logs:
             metrics = logged_metrics(watched, clock) | {
                 names.LEARNING_RATE: learning_rate,
-                names.QUEUE_FILL: 100 * state.queue.fill,
+                names.QUEUE_FILL: 100 * state.branches[0].queue.fill,  # as full as all
                 names.PEAK_GIB: peak_gib(device),
             }
             clock.restart()
@@ -145,44 +168,48 @@ def train_steps(
 
 
 def train_step(
-    state: TrainState,
-    teacher: FrozenTeacher,
-    views: ViewBatch,
-    distill: DistillSettings,
-    settings: LoopSettings,
-    *,
-    watch: bool,
+    state: TrainState, views: ViewBatch, settings: LoopSettings, *, watch: bool
 ) -> dict[str, Tensor]:
-    """Update the student, then the queue.
+    """Update the student, then the queues.
 
     Returns:
-        ``loss``, detached and still on the device, and what `diagnose` says when ``watch``.
+        The loss, and each branch's own where there are several, detached and still on the device,
+        and what `diagnose_branches` says when ``watch``.
 
     Raises:
         TrainingError: the loss is not finite on some rank; nothing was updated.
     """
     state.optimizer.zero_grad(set_to_none=True)
     parts = views.split(settings.accumulation_steps)
-    results: list[StepResult] = []
+    branches = state.branches
+    num_pairs = [pairs_per_part(views, b.settings, parts=len(parts)) for b in branches]
+    results: list[list[StepResult]] = []  # of each part, of each branch
+    losses: list[Tensor] = []
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
         # gradients are averaged over ranks with the last part, as its forward pass announces
         with _no_sync(state.student, not last):
-            result = distill_step(state.student, teacher, state.queue.negatives, part, distill)
-            results.append(result)
-            verdict = _FiniteVerdict(results) if last else None  # travels meanwhile
-            (result.loss / len(parts)).backward()
+            results.append(distill_step(state.student, branches, part, num_pairs=num_pairs))
+            loss = weighted_sum([result.loss for result in results[-1]], branches)
+            losses.append(loss.detach())
+            verdict = _FiniteVerdict(losses) if last else None  # travels meanwhile
+            (loss / len(parts)).backward()
     assert verdict is not None
     verdict.check(state.step, state.optimizer.param_groups[0]["lr"])
-    watched = {"loss": torch.stack([result.loss.detach() for result in results]).mean()}
+    own = [torch.stack([r.loss.detach() for r in each]) for each in zip(*results, strict=True)]
+    means = [values.mean() for values in (torch.stack(losses), *own)]
+    watched = dict(zip(_loss_names(branches), means, strict=False))
     if watch:
-        watched |= diagnose(results[-1], state.queue.negatives, distill)
-        watched["grad_norm"] = _gradient_norm(state.student)
+        watched |= diagnose_branches(results[-1], branches)
+        watched[names.GRAD_NORM] = _gradient_norm(state.student)
     if settings.clip_grad_norm:
         nn.utils.clip_grad_norm_(state.student.parameters(), settings.clip_grad_norm)
     state.optimizer.step()
-    state.queue.push(gather_rows(torch.cat([result.keys for result in results])))
+    for branch, each in zip(branches, zip(*results, strict=True), strict=True):
+        branch.queue.push(gather_rows(torch.cat([result.keys for result in each])))
     state.step += 1
+    if state.average is not None:
+        state.average.update(unwrapped(state.student), step=state.step)
     return watched
 
 
@@ -213,6 +240,20 @@ def wrap_student(student: Student, *, device: torch.device, compiled: bool) -> n
     )
 
 
+def moving_average(student: Student, *, decay: float) -> ModelEmaV3 | None:
+    """Return a copy of the student that follows it, a <- d a + (1 - d) s; None: ``decay`` is 0.
+
+    After step t (from 1) d is the smaller of ``decay`` and 1 - t^(-2/3): timm's warm-up, so that
+    short runs forget their first weights. BatchNorm statistics are averaged like weights, for these
+    weights have had no batches of their own; counters are copied. Weights are equal on all ranks as
+    the student's are, statistics once `average_batchnorm` has made them so: all of it is linear.
+    """
+    if not decay:
+        return None
+    average: ModelEmaV3 = ModelEmaV3(student, decay=decay, use_warmup=True).requires_grad_(False)
+    return average
+
+
 def unwrapped(module: nn.Module) -> Student:
     """Return the student inside its wrappers."""
     inner = module.module if isinstance(module, DistributedDataParallel) else module
@@ -240,11 +281,7 @@ def average_batchnorm(student: nn.Module) -> None:
 
 def logged_metrics(watched: Mapping[str, Tensor], clock: "_Clock") -> dict[str, float]:
     """Return what a logging step shows under public names, averaged over ranks; a collective."""
-    scalars = {
-        names.GRAD_NORM if name == "grad_norm" else f"train/{name}": value
-        for name, value in watched.items()
-    }
-    means = names.mean_over_ranks(scalars | clock.means())
+    means = mean_over_ranks({**watched, **clock.means()})
     means[names.DATA_WAIT] = 100 * means[names.DATA_WAIT_S] / means[names.STEP_S]
     means[names.IMAGES_PER_S] = clock.global_batch_size / means[names.STEP_S]
     return means
@@ -258,14 +295,14 @@ def peak_gib(device: torch.device) -> float:
 
 
 class _Clock:
-    """Where the time between two logging steps went, and the mean loss."""
+    """Where the time between two logging steps went, and the mean losses."""
 
     def __init__(self, global_batch_size: int) -> None:
         self.global_batch_size = global_batch_size
         self.restart()
 
     def restart(self) -> None:
-        self._losses: list[Tensor] = []
+        self._losses: list[Mapping[str, Tensor]] = []
         self._waited_s = 0.0
         self._elapsed_s = 0.0
         self._since = time.perf_counter()
@@ -286,19 +323,22 @@ class _Clock:
             self._waited_s += time.perf_counter() - start
             yield batch
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, losses: Mapping[str, Tensor]) -> None:
         """Count a finished step."""
-        self._losses.append(loss)
+        self._losses.append(losses)
         now = time.perf_counter()
         self._elapsed_s += now - self._since
         self._since = now
 
     def means(self) -> dict[str, Tensor]:
         """Return means per step since the last restart."""
-        loss = torch.stack(self._losses).mean()
         steps = len(self._losses)
-        return {
-            names.LOSS: loss,
+        means = {
+            name: torch.stack([losses[name] for losses in self._losses]).mean()
+            for name in self._losses[0]
+        }
+        loss = means[names.LOSS]
+        return means | {
             names.STEP_S: loss.new_tensor(self._elapsed_s / steps),
             names.DATA_WAIT_S: loss.new_tensor(self._waited_s / steps),
         }
@@ -311,9 +351,8 @@ class _FiniteVerdict:
     the backward pass is already queued: the check costs no idle time.
     """
 
-    def __init__(self, results: list[StepResult]) -> None:
-        losses = torch.stack([result.loss.detach() for result in results])
-        self._finite = torch.isfinite(losses).all().float()
+    def __init__(self, losses: list[Tensor]) -> None:
+        self._finite = torch.isfinite(torch.stack(losses)).all().float()
         self._sent = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._sent = dist.all_reduce(self._finite, op=dist.ReduceOp.MIN, async_op=True)
@@ -326,6 +365,12 @@ class _FiniteVerdict:
                 f"the loss is not finite at step {step} with learning rate {learning_rate:.4g}; "
                 f"the step was not taken. {_CALMER}"
             )
+
+
+def _loss_names(branches: Sequence[Branch]) -> list[str]:
+    """Return the name of the loss, then those of the branches' own where there are several."""
+    own = [names.of_branch(names.LOSS, number) for number in range(1, len(branches) + 1)]
+    return [names.LOSS, *(own if len(own) > 1 else [])]
 
 
 def _check_finite(values: Mapping[str, Tensor], step: int) -> None:

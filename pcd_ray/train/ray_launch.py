@@ -1,8 +1,11 @@
 """Config -> TorchTrainer -> result: what the driver does."""
 
+import contextlib
 import json
+import signal
 import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -13,6 +16,7 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from pcd_ray import errors, storage
+from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -24,13 +28,12 @@ from pcd_ray.checkpoint import (
 from pcd_ray.config import Config, changed_options, config_to_values, to_yaml
 from pcd_ray.data.shards import Shards, open_shards
 from pcd_ray.errors import CheckpointError, PcdError, TrainingError
+from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.ray_judge import Judgement, judge
-from pcd_ray.evaluate.ray_knn import open_knn_images
+from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
-from pcd_ray.evaluate.segmentation_data import open_segmentation
 from pcd_ray.export import student_of
 from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare, connect, share_for_workers
-from pcd_ray.train import metrics as names
 from pcd_ray.train.ray_events import EventReceiver
 from pcd_ray.train.ray_worker import FAILURE_FILE, train_worker
 from pcd_ray.train.run_log import RunLog
@@ -69,7 +72,8 @@ def train(config: Config) -> TrainResult:
         The finished run, judged, with its report written.
 
     Raises:
-        PcdError: what a user can mend; whatever was stored stays.
+        PcdError: what a user can mend; whatever was stored stays. A run that is finished but could
+            not be judged in full has its summary and report all the same.
     """
     config = _with_absolute_places(config)
     folder = RunFolder.of(config)
@@ -83,7 +87,14 @@ def train(config: Config) -> TrainResult:
         log.close()
     log.say("judging the student")
     judgement = judge(config, device=found.share.device, cpus=found.share.cpus)
-    return _finish(config, folder, found.plan, judgement, log.history)
+    result = _finish(config, folder, found.plan, judgement, log.history)
+    if judgement.failures:
+        reasons = "; ".join(f"{part} ({why})" for part, why in judgement.failures.items())
+        raise TrainingError(
+            f"the run is finished and stored, but its summary and report in {folder.uri} are "
+            f"written without {reasons}; mend that, and the same command judges it again"
+        )
+    return result
 
 
 def dry_run(config: Config) -> RunPlan:
@@ -103,12 +114,14 @@ def _with_absolute_places(config: Config) -> Config:
         given = {name: getattr(section, name) for name in options}
         return replace(section, **{k: storage.absolute(v) for k, v in given.items() if v})
 
+    teachers = {name: absolute(each, "weights") for name, each in config.teachers.items()}
     return replace(
         config,
         run=absolute(config.run, "root"),
         data=absolute(config.data, "shards"),
-        teacher=absolute(config.teacher, "weights"),
         eval=absolute(config.eval, "knn_train", "knn_test", "segmentation"),
+        export=absolute(config.export, "path"),
+        **teachers,
     )
 
 
@@ -128,8 +141,7 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
         raise errors.ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
     shards = open_shards(config.data.shards)
     open_knn_images(config)
-    if config.eval.segmentation:
-        open_segmentation(config.eval.segmentation)
+    open_probe(config)
     storage.check_writable(folder.uri)
     stored = latest_checkpoint(folder)
     guarded = None if config.run.allow_changes else stored
@@ -148,9 +160,8 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
             "train.sync_batchnorm=true works on cuda alone; set it to false or train.device=cuda"
         )
     plan = plan_run(config, shards, device=share.device)
-    if guarded and plan.teacher["sha256"] not in ("", guarded.about["teacher"]["sha256"]):
-        place = config.teacher.weights or config.teacher.arch
-        _refuse(folder, guarded, [f"teacher.weights: the weights of {place} are others"])
+    if guarded is not None:
+        _refuse_other_teachers(config, plan, guarded)
     return _Checked(share, plan, 0 if stored is None else int(stored.about["step"]))
 
 
@@ -159,6 +170,18 @@ def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:
     changes = changed_options(stored.config, config)
     if stored.about["data_sha256"] != shards.content_hash:
         changes.append(f"data.shards: the packed images at {config.data.shards} are others")
+    if changes:
+        _refuse(RunFolder.of(config), stored, changes)
+
+
+def _refuse_other_teachers(config: Config, plan: RunPlan, stored: Checkpoint) -> None:
+    """Refuse to go on with a run when what lies in a teacher's place has changed."""
+    changes = []
+    for name, teacher in config.teachers.items():
+        sha256 = plan.identities[name]["sha256"]
+        if sha256 not in ("", stored.about[name]["sha256"]):
+            place = teacher.weights or teacher.arch
+            changes.append(f"{name}.weights: the weights of {place} are others")
     if changes:
         _refuse(RunFolder.of(config), stored, changes)
 
@@ -175,7 +198,8 @@ def _prepare_folder(config: Config, folder: RunFolder) -> None:
     """Take away what an earlier try left that must not count; never a file that is not ours."""
     storage.delete_file(folder.file(FAILURE_FILE))
     if not checkpoint_steps(folder):  # nothing to go on with
-        for uri in (folder.teacher_head, *map(folder.file, ("references.json", "metrics.jsonl"))):
+        heads = [folder.fitted_head(name) for name in ("teacher", "teacher_2")]
+        for uri in (*heads, *map(folder.file, (REFERENCES, "metrics.jsonl"))):
             storage.delete_file(uri)
         for file in storage.list_files(folder.file("tensorboard")):
             if storage.name_of(file.uri).startswith("events.out.tfevents"):
@@ -214,7 +238,8 @@ def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> 
     )
     cause: Exception | None = None
     try:
-        trainer.fit()
+        with _stopped_by_ctrl_c():
+            trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         cause = error
     finally:
@@ -222,6 +247,26 @@ def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> 
         listener.join()
         receiver.close()
     _raise_failure(folder, config, cause)
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end a run as it ends anything else, after Ray has sent the workers away.
+
+    Ray Train puts a handler of its own in place of Python's, and leaves it there; it ends the
+    process without a word.
+    """
+    if threading.current_thread() is not threading.main_thread():  # then Ray changes nothing
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if before is not None:  # it is Python's, so that it can be put back
+            signal.signal(signal.SIGINT, before)
 
 
 def _listen(receiver: EventReceiver, log: RunLog, finished: threading.Event) -> None:
@@ -279,6 +324,7 @@ def _finish(
             "training_s": round(_training_s(history), 1),
             **judgement.scores,
             "segmentation_classes": judgement.segmentation_classes,
+            **({"not_judged": judgement.failures} if judgement.failures else {}),
             "plan": plan.summary(),
         },
         history=history,

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.train
 import ray.train.torch
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint as RayCheckpoint
@@ -20,12 +20,13 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from pcd_ray import __version__, storage
+from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import (
     RunFolder,
     checkpoint_name,
-    checkpoint_steps,
     latest_checkpoint,
     load_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
     to_host,
 )
@@ -33,21 +34,33 @@ from pcd_ray.config import Config, config_from_values
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
-from pcd_ray.distill.build import LoadedTeacher, Method, build_method, fit_head, load_teacher
-from pcd_ray.distill.heads import head_from_state
+from pcd_ray.distill.build import (
+    FITTED_HEADS,
+    LoadedTeacher,
+    Method,
+    blaming,
+    build_method,
+    build_student,
+    fit_contrastive_head,
+    fit_pca_head,
+    load_teachers,
+    save_fitted_head,
+    stored_head,
+)
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, PcdError, TrainingError
-from pcd_ray.evaluate.ray_knn import KnnImages, knn_scores, open_knn_images
+from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images
+from pcd_ray.evaluate.ray_knn import knn_scores
+from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.seeds import derive_seed
-from pcd_ray.train import metrics as names
 from pcd_ray.train.loop import (
     HostBatch,
     LoopSettings,
     StepDone,
     TrainState,
     average_batchnorm,
+    moving_average,
     train_steps,
-    unwrapped,
     wrap_student,
 )
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
@@ -107,9 +120,12 @@ class _Run:
         )
         self.method = self._build_method()
         self.knn_images = open_knn_images(config)
+        for line in self.knn_images.left_out if self.knn_images else ():
+            self.events.say(f"note: kNN: {line}")
         self.state = self._new_state()
         self._reported_step = -1
         self._last_knn: dict[str, float] = {}
+        self._passed_over: tuple[str, ...] = ()
 
     def train(self) -> None:
         """Restore, train, evaluate and checkpoint until the last step."""
@@ -117,15 +133,13 @@ class _Run:
         self._measure_references()
         self.events.resumed(self.state.step)
         batches = self._batches()
-        steps = train_steps(
-            self.state, self.method.teacher, batches, self.method.settings, self._loop_settings()
-        )
+        steps = train_steps(self.state, batches, self._loop_settings())
         done = None
         for done in steps:
             self._after_step(done)
         if self._reported_step != self.state.step:
             self._checkpoint(done.metrics if done else None)
-        self._check_teacher()
+        self._check_teachers()
 
     def _after_step(self, done: StepDone) -> None:
         epoch = done.step * self.config.train.global_batch_size / self.plan.images_per_epoch
@@ -142,7 +156,7 @@ class _Run:
         ended = done.epoch_ended + 1
         every = self.config.eval.every_epochs
         if self.knn_images is not None and every and ended % every == 0:
-            student = unwrapped(self.state.student)
+            student = self.state.judged
             average_batchnorm(student)
             self._last_knn = self._knn(student.backbone)
             self.events.metrics(done.step, epoch, self._last_knn)
@@ -191,30 +205,44 @@ class _Run:
         )
 
     def _build_method(self) -> Method:
-        loaded = load_teacher(self.config.teacher)
-        fitted = self._fitted_head(loaded) if loaded.identity.head == "pca" else None
-        return build_method(self.config, loaded, fitted, device=self.place.device)
+        teachers = []
+        for loaded in load_teachers(self.config):
+            fits = loaded.identity.head in FITTED_HEADS
+            with blaming(loaded.name):
+                teachers.append((loaded, self._fitted_head(loaded) if fits else None))
+        return build_method(self.config, teachers, device=self.place.device)
 
     def _fitted_head(self, loaded: LoadedTeacher) -> nn.Sequential:
         """Return the run's own fitted head; rank 0 fits it once."""
-        uri = self.folder.teacher_head
-        if self.place.rank == 0 and not storage.exists(uri):
-            self.events.say(f"fitting the teacher's {self.config.teacher.pca_dim}-wide head")
-            head = fit_head(
-                _moved(loaded, self.place.device),
-                self._sample_images(),
-                dim=self.config.teacher.pca_dim,
-                whiten=self.config.teacher.pca_whiten,
-            )
-            storage.write_bytes(uri, safetensors.torch.save(head.state_dict()))
+        uri = self.folder.fitted_head(loaded.name)
+        if self.place.rank == 0 and stored_head(uri, self.config, loaded) is None:
+            loaded.backbone.to(self.place.device)
+            save_fitted_head(uri, self._fit_head(loaded), self.config, loaded)
         _barrier()
         loaded.backbone.cpu()
-        return head_from_state(safetensors.torch.load(storage.read_bytes(uri)))
+        fitted = stored_head(uri, self.config, loaded)
+        assert fitted is not None  # rank 0 has just written it
+        return fitted
 
-    def _sample_images(self) -> Iterator[Tensor]:
+    def _fit_head(self, loaded: LoadedTeacher) -> nn.Sequential:
+        fit = loaded.options.fit
+        self.events.say(f"fitting the {loaded.name}'s {fit.dim}-wide {loaded.identity.head} head")
+        random = np.random.default_rng(derive_seed(self.config.run.seed, "head_fit"))
+        rows = random.permutation(self.shards.num_images)[: fit.images]
+        if loaded.identity.head == "pca":
+            return fit_pca_head(loaded, self._whole_images(rows), fit)
+        fitted = fit_contrastive_head(
+            loaded,
+            self._several_views(rows, fit.views),
+            fit,
+            num_images=len(rows),
+            seed=self.config.run.seed,
+        )
+        self.events.say(f"the head finds {fitted.top1_pct:.0f}% of images by another view of them")
+        return fitted.head
+
+    def _whole_images(self, rows: np.ndarray[Any, Any]) -> Iterator[Tensor]:
         config = self.config
-        random = np.random.default_rng(derive_seed(config.run.seed, "pca"))
-        rows = random.permutation(self.shards.num_images)[: config.teacher.pca_images]
         for views, _ in eval_batches(
             self.shards.index,
             rows,
@@ -224,19 +252,46 @@ class _Run:
         ):
             yield torch.from_numpy(views).to(self.place.device)
 
+    def _several_views(
+        self, rows: np.ndarray[Any, Any], views: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield several training views of some images, each with its two numbers."""
+        config = self.config
+        plan = EpochPlan(((len(rows), 1.0),), config.run.seed)  # its epochs are the views
+        batch = config.eval.images_per_forward
+        for host in view_batches(
+            self.shards.index.take(pa.array(rows)),
+            plan,
+            recipe_from(config.augment, "same_view"),
+            seed=derive_seed(config.run.seed, "head_fit"),
+            rank=0,
+            num_ranks=1,
+            global_batch_size=batch,
+            start_step=0,
+            stop_step=plan.total_steps(views, batch),
+            data=config.data,
+        ):
+            yield (
+                torch.from_numpy(host["student_view"]).to(self.place.device),
+                torch.from_numpy(host["epoch"]),
+                torch.from_numpy(host["row"]),
+            )
+
     def _new_state(self) -> TrainState:
         config, device = self.config, self.place.device
         student = self.method.student
         if config.train.sync_batchnorm and device.type == "cuda":
             student = convert_sync_batchnorm(student)
         if config.train.compile:
-            self.method.teacher.compile()
+            for branch in self.method.branches:
+                branch.teacher.compile()
         wrapped = wrap_student(student, device=device, compiled=config.train.compile)
         wrapped.train()
         optimizer = build_optimizer(
             config.optim.name, student, weight_decay=config.optim.weight_decay
         )
-        return TrainState(wrapped, optimizer, self.method.queue)
+        average = moving_average(student, decay=config.student.ema)
+        return TrainState(wrapped, optimizer, self.method.branches, average=average)
 
     def _restore(self) -> None:
         """Continue from the newest whole checkpoint; rank 0 says which."""
@@ -253,25 +308,35 @@ class _Run:
                 f"({str(error).splitlines()[0]}); set them back, or choose another run.name"
             ) from error
         self._reported_step = self.state.step
+        self._last_knn = {
+            name: stored.about["metrics"][name]
+            for name in (names.KNN_TOP1, names.KNN1_TOP1)
+            if name in stored.about["metrics"]
+        }
+        self._passed_over = tuple(stored.passed_over)
+        for damaged in stored.passed_over.values():
+            self.events.say(f"warning: passed over {damaged}")
         self.events.say(f"resumed at step {self.state.step} of {self.total_steps}")
 
     def _measure_references(self) -> None:
-        """Measure kNN of the teacher and of the untrained student once, for the whole run."""
-        uri = self.folder.file("references.json")
-        if self.knn_images is None or not self.config.eval.every_epochs or self.state.step:
+        """Measure kNN of the teachers and of the untrained student, anew where ``eval`` changed."""
+        if self.knn_images is None or not self.config.eval.every_epochs:
             return
-        if _from_rank_zero(storage.exists(uri)):
+        known = stored_references(self.folder, self.config) if self.place.rank == 0 else None
+        if _from_rank_zero(known) is not None:
             return
         found = {
-            "teacher": self._knn(self.method.teacher.backbone)[names.KNN_TOP1],
-            "untrained": self._knn(unwrapped(self.state.student).backbone)[names.KNN_TOP1],
+            branch.name: self._knn(branch.teacher.backbone)[names.KNN_TOP1]
+            for branch in self.method.branches
         }
+        untrained = build_student(self.config, []).backbone.to(self.place.device)
+        found["untrained"] = self._knn(untrained)[names.KNN_TOP1]
         if self.place.rank == 0:
-            storage.write_text(uri, json.dumps({names.KNN_TOP1: found}))
-            self.events.say(
-                f"kNN top-1: teacher {found['teacher']:.1f}%, untrained student "
-                f"{found['untrained']:.1f}%"
+            store_references(self.folder, self.config, found)
+            listed = ", ".join(
+                f"{branch.name} {found[branch.name]:.1f}%" for branch in self.method.branches
             )
+            self.events.say(f"kNN top-1: {listed}, untrained student {found['untrained']:.1f}%")
 
     def _knn(self, network: nn.Module) -> dict[str, float]:
         assert isinstance(self.knn_images, KnnImages)
@@ -297,8 +362,14 @@ class _Run:
         if self.place.rank == 0:
             placeholder = RayCheckpoint(tempfile.mkdtemp(prefix="pcd_ray_checkpoint_"))
             upload = functools.partial(
-                _write, to_host(state), self._about(reported), self.config, self.folder
+                _write,
+                to_host(state),
+                self._about(reported),
+                self.config,
+                self.folder,
+                self._passed_over,
             )
+            self._passed_over = ()  # gone once this checkpoint is there
         ray.train.report(
             reported,
             checkpoint=placeholder,
@@ -317,8 +388,8 @@ class _Run:
             "epoch": self.state.step
             * self.config.train.global_batch_size
             / self.plan.images_per_epoch,
-            "teacher": asdict(method.identity),
-            "law_error": method.law_error,
+            **{branch.name: asdict(branch.identity) for branch in method.branches},
+            "law_error": max(branch.law_error for branch in method.branches),
             "student": {
                 "backbone": backbone.name,
                 "mean": (backbone.mean.flatten() / 255).tolist(),
@@ -329,18 +400,20 @@ class _Run:
             "version": __version__,
         }
 
-    def _check_teacher(self) -> None:
-        if tensors_sha256(self.method.teacher) != self.method.identity.sha256:
-            raise TrainingError(
-                "the teacher's weights changed while training; report this as a bug"
-            )
+    def _check_teachers(self) -> None:
+        for branch in self.method.branches:
+            if tensors_sha256(branch.teacher) != branch.identity.sha256:
+                raise TrainingError(
+                    f"the {branch.name}'s weights changed while training; report this as a bug"
+                )
 
 
-def _write(
+def _write(  # noqa: PLR0913 - what to write, and what Ray adds
     state: dict[str, Any],
     about: dict[str, Any],
     config: Config,
     folder: RunFolder,
+    passed_over: Sequence[str],
     placeholder: RayCheckpoint,
     name: str,
 ) -> RayCheckpoint:
@@ -348,15 +421,11 @@ def _write(
     uri = storage.join(folder.checkpoints, name)
     shutil.rmtree(placeholder.path, ignore_errors=True)
     save_checkpoint(uri, state, about, config)
-    for step in checkpoint_steps(folder)[: -config.train.keep_checkpoints]:
-        storage.delete_folder(storage.join(folder.checkpoints, checkpoint_name(step)))
+    prune_checkpoints(
+        folder, written=about["step"], keep=config.train.keep_checkpoints, damaged=passed_over
+    )
     filesystem, path = storage.filesystem(uri)
     return RayCheckpoint(path, filesystem=filesystem)
-
-
-def _moved(loaded: LoadedTeacher, device: torch.device) -> LoadedTeacher:
-    loaded.backbone.to(device)
-    return loaded
 
 
 def _barrier() -> None:

@@ -11,9 +11,10 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pcd_ray import metric_names as names
 from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
-from pcd_ray.train import metrics as names
+from pcd_ray.train.metrics import warnings_of
 
 _UPLOAD_EVERY_S = 30.0  # object stores cannot append: files are written again this often
 
@@ -52,7 +53,7 @@ class RunLog:
             self._events.add_scalar(name, value, step)
         if names.LOSS in values:
             self._show(self._progress(step, epoch, values))
-            for warning in names.warnings_of(values):
+            for warning in warnings_of(values):
                 kind = warning.partition("(")[0].partition(" is ")[0]
                 if kind not in self._warned:  # once is enough: the numbers are in every line
                     self._warned.add(kind)
@@ -101,11 +102,13 @@ class RunLog:
             ),
             f"pixel top-1 {values[names.PIXEL_TOP1]:.1f}%",
         )
+        above = values[names.LOSS_ABOVE_FLOOR]
+        loss = values[names.LOSS_FLOOR] + above  # of the same step: train/loss is a mean over many
         return (
             f"step {step}/{self._total_steps} epoch {epoch:.2f} | ETA {_duration(left_s)} | "
             f"{values[names.IMAGES_PER_S]:.1f} images/s | "
             f"data wait {values[names.DATA_WAIT]:.0f}% | "
-            f"loss {values[names.LOSS]:.3f} ({values[names.LOSS_ABOVE_FLOOR]:+.3f} above floor) | "
+            f"loss {loss:.3f} ({above:+.3f} above floor) | "
             f"{quality}"
         )
 

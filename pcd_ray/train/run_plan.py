@@ -7,20 +7,30 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
 from pcd_ray.config import Config
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.shards import Shards, read_image_bytes
-from pcd_ray.distill.build import LoadedTeacher, Method, build_method, load_teacher
+from pcd_ray.distill.backbones import map_shape
+from pcd_ray.distill.build import (
+    FITTED_HEADS,
+    LoadedTeacher,
+    Method,
+    blaming,
+    build_method,
+    load_teachers,
+    stand_in_head,
+    stored_head,
+)
 from pcd_ray.distill.diagnostics import chance_loss
-from pcd_ray.distill.heads import head_from_state
+from pcd_ray.distill.fitted_head import check_pca_width
+from pcd_ray.distill.step import Branch
 from pcd_ray.errors import ConfigError
+from pcd_ray.evaluate.eval_sets import look_through, open_probe
 from pcd_ray.train.optim import peak_learning_rate
 
 _SAMPLE_IMAGES = 8
@@ -52,6 +62,8 @@ class RunPlan:
     """What it is; ``sha256`` is empty while its head is still to be fitted."""
     teacher_map: tuple[int, int, int]
     student_map: tuple[int, int, int]
+    loss_grid: tuple[int, int]
+    """Positions on which the loss compares the maps."""
     embedding_width: int
     law_error: float
     student_parameters: int
@@ -59,16 +71,28 @@ class RunPlan:
     backbone_parameters: int
     """Those of the backbone, which are exported."""
     teacher_parameters: int
+    eval_read: dict[str, str]
+    """How much of each evaluation set was decoded to find damage before training."""
+    teacher_2: dict[str, Any] | None = None
+    """The second teacher: what it is, and all that is said above of the first one."""
     memory_gib_per_worker: float
-    """Estimate: weights, gradients, optimiser, queue, the student's activations, views."""
+    """Estimate: weights, gradients, optimiser, queues, the student's activations, views."""
+
+    @property
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What each teacher is, by the name of its section."""
+        return {"teacher": self.teacher} | ({"teacher_2": self.teacher_2} if self.teacher_2 else {})
 
     def summary(self) -> dict[str, Any]:
-        """Return the plan as plain data."""
-        return asdict(self)
+        """Return the plan as plain data; a second teacher is part of it where there is one."""
+        values = asdict(self)
+        if self.teacher_2 is None:
+            del values["teacher_2"]
+        return values
 
 
 def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
-    """Check teacher, student and a sample of the data by building them; say what the run will do.
+    """Check teachers, student and a sample of the data by building them; say what the run will do.
 
     Args:
         config: the run.
@@ -79,22 +103,36 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         PcdError: anything that would stop the run later.
     """
     _check_sample(shards, config.data.max_pixels)
-    loaded = load_teacher(config.teacher)
-    own_head = _own_head(config) if loaded.identity.head == "pca" else None
-    fitted = own_head or _stand_in(config, loaded)
-    method = build_method(config, loaded, fitted, device=torch.device("cpu"))
-    teacher = {
-        "arch": method.identity.arch,
-        "source": method.identity.source,
-        "licence": method.identity.licence,
-        "head": method.identity.head,
-        "sha256": "" if fitted is not own_head else method.identity.sha256,
-    }
-    return _plan_of(config, shards, method, teacher=teacher, device=device)
+    eval_read = look_through(config)
+    teachers, still_to_fit = [], set()
+    for loaded in load_teachers(config):
+        with blaming(loaded.name):
+            own_head = _own_head(config, loaded)
+            if own_head is None:
+                _check_fit(config, loaded, shards.num_images)
+            fitted = own_head or stand_in_head(loaded, loaded.options.fit)
+        if fitted is not own_head:
+            still_to_fit.add(loaded.name)
+        teachers.append((loaded, fitted))
+    method = build_method(config, teachers, device=torch.device("cpu"))
+    _check_eval_sizes(config, method)
+    identities = [
+        asdict(branch.identity) | ({"sha256": ""} if branch.name in still_to_fit else {})
+        for branch in method.branches
+    ]
+    return _plan_of(
+        config, shards, method, identities=identities, device=device, eval_read=eval_read
+    )
 
 
 def _plan_of(
-    config: Config, shards: Shards, method: Method, *, teacher: dict[str, str], device: str
+    config: Config,
+    shards: Shards,
+    method: Method,
+    *,
+    identities: list[dict[str, str]],
+    device: str,
+    eval_read: dict[str, str],
 ) -> RunPlan:
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batch = config.train.global_batch_size
@@ -106,6 +144,8 @@ def _plan_of(
             f"optim.warmup_epochs={config.optim.warmup_epochs:g} covers all of train.epochs="
             f"{config.train.epochs}; use less, e.g. {config.train.epochs / 10:g}"
         )
+    first, *others = [_facts(config, method, branch, device) for branch in method.branches]
+    weights = [{"weight": branch.weight} for branch in method.branches]
     return RunPlan(
         images=shards.num_images,
         images_per_epoch=plan.images_per_epoch,
@@ -121,17 +161,33 @@ def _plan_of(
         warmup_steps=round(config.optim.warmup_epochs * per_epoch, 2),
         queue_fill_steps=math.ceil(config.loss.queue_size / batch),
         chance_loss=round(chance_loss(config.loss.queue_size), 3),
-        loss_implementation=method.settings.implementation,
-        teacher=teacher,
-        teacher_map=method.teacher_map,
+        **first,
+        teacher=identities[0],
+        teacher_2=identities[1] | weights[1] | others[0] if others else None,
         student_map=method.student_map,
-        embedding_width=method.queue.negatives.shape[1],
-        law_error=method.law_error,
-        student_parameters=_parameters(method.student),
+        student_parameters=_trained_parameters(method.student),
         backbone_parameters=_parameters(method.student.backbone),
-        teacher_parameters=_parameters(method.teacher),
+        eval_read=eval_read,
         memory_gib_per_worker=round(_memory_gib(config, method), 2),
     )
+
+
+def _facts(config: Config, method: Method, branch: Branch, device: str) -> dict[str, Any]:
+    """Return what the plan says of one teacher besides its identity."""
+    return {
+        "loss_implementation": _implementation(config, branch, device),
+        "teacher_map": branch.teacher_map,
+        "loss_grid": branch.settings.grid or method.student_map[1:],
+        "embedding_width": branch.queue.negatives.shape[1],
+        "law_error": branch.law_error,
+        "teacher_parameters": _parameters(branch.teacher),
+    }
+
+
+def _implementation(config: Config, branch: Branch, device: str) -> str:
+    """Return the loss's form; one for a GPU is settled there, where its kernel can be checked."""
+    here = device == "cpu" or torch.cuda.is_available()
+    return branch.settings.implementation if here else config.loss.implementation
 
 
 def activation_bytes(network: nn.Module, image_size_px: int) -> int:
@@ -155,20 +211,34 @@ def activation_bytes(network: nn.Module, image_size_px: int) -> int:
     return total
 
 
-def _own_head(config: Config) -> nn.Sequential | None:
-    """Return the head that this run was begun with; None: it is new."""
+def _own_head(config: Config, loaded: LoadedTeacher) -> nn.Sequential | None:
+    """Return the head that this run has fitted; None: it fits none, is new, or its settings are."""
     folder = RunFolder.of(config)
-    if not checkpoint_steps(folder) or not storage.exists(folder.teacher_head):
+    if loaded.identity.head not in FITTED_HEADS or not checkpoint_steps(folder):
         return None
-    return head_from_state(safetensors.torch.load(storage.read_bytes(folder.teacher_head)))
+    return stored_head(folder.fitted_head(loaded.name), config, loaded)
 
 
-def _stand_in(config: Config, loaded: LoadedTeacher) -> nn.Sequential | None:
-    """Return a head of the fitted one's shape: fitting it is the run's own work."""
-    if loaded.identity.head != "pca":
-        return None
-    channels = int(loaded.backbone.body.num_features)  # type: ignore[arg-type]
-    return nn.Sequential(nn.Linear(channels, config.teacher.pca_dim)).eval()
+def _check_fit(config: Config, loaded: LoadedTeacher, num_images: int) -> None:
+    """Refuse a head that is wider than what it will be fitted on."""
+    if loaded.identity.head == "pca":
+        fit = loaded.options.fit
+        channels, height, width = map_shape(loaded.backbone, config.augment.image_size_px)
+        pixels = min(fit.images, num_images) * height * width
+        check_pca_width(fit.dim, pixels=pixels, channels=channels)
+
+
+def _check_eval_sizes(config: Config, method: Method) -> None:
+    """Refuse image sizes that a network cannot be judged at, before it has trained for days."""
+    networks = [method.student.backbone, *(b.teacher.backbone for b in method.branches)]
+    if config.eval.knn_train and config.eval.image_size_px:
+        for network in networks:
+            map_shape(network, config.eval.image_size_px, option="eval.image_size_px")
+    data = open_probe(config)
+    if data is not None:
+        height, width = data.example(data.names("train")[0])[0].shape[:2]
+        for network in networks:
+            map_shape(network, height, width, option="eval.segmentation_size_px")
 
 
 def _check_sample(shards: Shards, max_pixels: int) -> None:
@@ -189,13 +259,19 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _trained_parameters(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+
+
 def _memory_gib(config: Config, method: Method) -> float:
     images = config.train.batch_size_per_worker // config.train.accumulation_steps
     size = config.augment.image_size_px
     copies = 2 + _OPTIMIZER_COPIES[config.optim.name]  # weights and gradients
-    weights = 4 * (copies * _parameters(method.student) + _parameters(method.teacher))
+    copies += bool(config.student.ema)
+    teachers = sum(_parameters(branch.teacher) for branch in method.branches)
+    weights = 4 * (copies * _parameters(method.student) + teachers)
     half = 0.5 if config.train.precision == "bf16" else 1.0
     activations = half * images * activation_bytes(method.student, size)
-    queue = method.queue.negatives.numel() * 4
+    queues = sum(branch.queue.negatives.numel() * 4 for branch in method.branches)
     views = 2 * config.train.batch_size_per_worker * size * size * 3 * 4
-    return (weights + activations + queue + views) / 2**30
+    return (weights + activations + queues + views) / 2**30

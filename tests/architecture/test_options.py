@@ -60,7 +60,7 @@ def test_every_option_is_read() -> None:
     reads = set().union(*(_reads(path.read_text()) for path in [*files, *JOBS.glob("*.py")]))
     unread = []
     for name in option_names():
-        section, _, option = name.rpartition(".")
+        section, _, option = name.replace("teacher_2", "teacher", 1).rpartition(".")  # read alike
         if (section.rpartition(".")[2], option) not in reads:
             unread.append(name)
     assert unread == []

@@ -26,13 +26,13 @@ import torch
 from measuring import in_turn, median_ratio, print_circumstances, print_table, spread
 from planned_views import PlannedViews, loader_batches
 
+from pcd_ray import metric_names as names
 from pcd_ray.config import Config, SourceConfig, config_from_file, to_yaml
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.ray_views import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.data.sources import list_sources
-from pcd_ray.distill.build import Method, build_method, fit_head, load_teacher
-from pcd_ray.train import metrics as names
+from pcd_ray.distill.build import Method, build_method, fit_pca_head, load_teacher
 from pcd_ray.train.loop import LoopSettings, TrainState, train_steps, wrap_student
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
 
@@ -85,7 +85,7 @@ def prepared(options: argparse.Namespace, folder: Path) -> Path:
         f"run.root={folder}",
         f"data.shards={folder}/shards",
         f"teacher.weights={Path(options.teacher).absolute()}",
-        "teacher.pca_images=64",  # not timed; the head is as wide as ever
+        "teacher.fit.images=64",  # not timed; the head is as wide as ever
         f"train.threads_per_worker={options.threads}",
         f"train.log_every_steps={LOG_EVERY}",
         "train.epochs=1",
@@ -153,10 +153,10 @@ def plain_windows(config: Config, options: argparse.Namespace) -> list[dict[str,
         config.optim.name, method.student, weight_decay=config.optim.weight_decay
     )
     student = wrap_student(method.student, device=device, compiled=config.train.compile).train()
-    state = TrainState(student, optimizer, method.queue)
+    state = TrainState(student, optimizer, method.branches)
     batches = loader_batches(views, batch_size=batch_size, processes=options.processes)
     settings = loop_settings(config, images=views.plan.images_per_epoch, steps=total_steps)
-    steps = train_steps(state, method.teacher, batches, method.settings, settings)
+    steps = train_steps(state, batches, settings)
     return [done.metrics for done in steps if done.metrics is not None]
 
 
@@ -183,14 +183,13 @@ def loop_settings(config: Config, *, images: int, steps: int) -> LoopSettings:
 def plain_method(config: Config, views: PlannedViews, device: torch.device) -> Method:
     """Return teacher, student and queue; the teacher's head is fitted on the first views."""
     loaded = load_teacher(config.teacher)
-    items = [views[position]["student_view"] for position in range(config.teacher.pca_images)]
-    head = fit_head(
+    items = [views[position]["student_view"] for position in range(config.teacher.fit.images)]
+    head = fit_pca_head(
         loaded,
         [torch.from_numpy(np.stack(items))],
-        dim=config.teacher.pca_dim,
-        whiten=config.teacher.pca_whiten,
+        config.teacher.fit,
     )
-    return build_method(config, loaded, head, device=device)
+    return build_method(config, [(loaded, head)], device=device)
 
 
 if __name__ == "__main__":

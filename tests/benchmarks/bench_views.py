@@ -1,6 +1,6 @@
 """Views per second: Ray Data's path against a torch DataLoader with two processes.
 
-Run: python tests/benchmarks/bench_views.py SHARDS [--sizes 128 224 --batches 30]
+Run: python tests/benchmarks/bench_views.py SHARDS [--sizes 128 224 --batches 40]
 
 Both read the same packed images in the same order, with the same functions, one after the other.
 The first batches of each are not counted: processes start and buffers fill.
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("shards", help="folder that `pcd-ray pack` wrote")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224], help="pixels")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--skip", type=int, default=12, help="batches before the clock starts")
-    parser.add_argument("--batches", type=int, default=30, help="batches that are timed")
+    parser.add_argument("--skip", type=int, default=24, help="batches before the clock starts")
+    parser.add_argument("--batches", type=int, default=40, help="batches that are timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2, help="CPUs of Ray and of the loader")
     options = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
         address="local",
         num_cpus=options.processes,
         include_dashboard=False,
-        object_store_memory=500_000_000,
+        object_store_memory=1_000_000_000,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )

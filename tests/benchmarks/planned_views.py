@@ -65,6 +65,7 @@ def loader_batches(
         num_workers=processes,
         collate_fn=_stacked,
         persistent_workers=True,
+        multiprocessing_context="spawn",  # a forked process may hang on locks of Ray's threads
         drop_last=True,
     )
     for batch in loader:

@@ -10,9 +10,9 @@ from ranks import run_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import to_host
 from pcd_ray.errors import TrainingError
-from pcd_ray.train import metrics as names
 from pcd_ray.train.loop import TrainState, average_batchnorm, unwrapped
 
 STEPS = 7
@@ -26,7 +26,7 @@ def place() -> dict[str, int]:
 
 def trained(stop: int, stored: dict[str, Any] | None, batchnorm: bool) -> dict[str, Any]:
     """Train up to a step, from the start or from a stored state; return what is stored then."""
-    state = new_state(batchnorm=batchnorm, dtype=torch.float64)
+    state = new_state(batchnorm=batchnorm, dtype=torch.float64, ema=0.9)
     if stored is not None:
         state.load_state_dict(to_host(stored))  # a copy: what ranks are given lies in shared memory
     settings = loop_settings(steps=STEPS, clip_grad_norm=3.0)
@@ -45,11 +45,13 @@ def on_one_thread(*args: Any) -> dict[str, Any]:
 
 
 def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for name, value in one["student"].items():
-        # float64: sums in another order, a few steps
-        torch.testing.assert_close(other["student"][name], value, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(other["queue"]["negatives"], one["queue"]["negatives"])
-    assert other["queue"]["cursor"] == one["queue"]["cursor"]
+    for network in ("student", "average"):
+        for name, value in one[network].items():
+            # float64: sums in another order, a few steps
+            torch.testing.assert_close(other[network][name], value, rtol=1e-10, atol=1e-13)
+    for queue, expected in zip(other["queues"], one["queues"], strict=True):
+        torch.testing.assert_close(queue["negatives"], expected["negatives"])
+        assert queue["cursor"] == expected["cursor"]
     assert (other["step"], other["audit"]) == (one["step"], one["audit"])
 
 
@@ -67,8 +69,9 @@ def test_two_ranks_train_read_and_log_as_one_process(
     alone: dict[str, Any], pair: list[dict[str, Any]]
 ) -> None:
     assert_close(alone["state"], pair[0]["state"])
-    for name, value in pair[0]["state"]["student"].items():
-        assert torch.equal(value, pair[1]["state"]["student"][name])
+    for network in ("student", "average"):
+        for name, value in pair[0]["state"][network].items():
+            assert torch.equal(value, pair[1]["state"][network][name])
     for ours, theirs, expected in zip(*(r["metrics"] for r in pair), alone["metrics"], strict=True):
         for name in (names.LOSS, names.GRAD_NORM, names.POSITIVE_COSINE, names.QUEUE_TOP1):
             assert ours[name] == theirs[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
@@ -100,21 +103,23 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 def test_going_on_with_as_many_ranks_is_never_having_stopped() -> None:
     straight = run_on_ranks(2, stopped_and_gone_on, False)[0]
     resumed = run_on_ranks(2, stopped_and_gone_on, True)[0]
-    for name, value in straight["student"].items():
-        assert torch.equal(value, resumed["student"][name]), name
-    assert torch.equal(straight["queue"]["negatives"], resumed["queue"]["negatives"])
+    for network in ("student", "average"):
+        for name, value in straight[network].items():
+            assert torch.equal(value, resumed[network][name]), name
+    for queue, expected in zip(resumed["queues"], straight["queues"], strict=True):
+        assert torch.equal(queue["negatives"], expected["negatives"])
 
 
 def stopped_and_gone_on(stop: bool) -> dict[str, Any]:
     """Store at step 4 and go on, with the same objects or with new ones."""
     settings = loop_settings(steps=STEPS)
-    state = new_state(batchnorm=True, dropout=0.2)
+    state = new_state(batchnorm=True, dropout=0.2, ema=0.9)
     for _ in steps_of(state, settings, stop=4, **place()):
         pass
     box = [to_host(state.state_dict())]
     if stop:
         dist.broadcast_object_list(box, src=0)  # there is one checkpoint: rank 0's
-        state = new_state(batchnorm=True, dropout=0.2)
+        state = new_state(batchnorm=True, dropout=0.2, ema=0.9)
         state.load_state_dict(box[0])
     for _ in steps_of(state, settings, stop=STEPS, **place()):
         pass
@@ -123,6 +128,27 @@ def stopped_and_gone_on(stop: bool) -> dict[str, Any]:
     if dist.get_rank() == 0:
         assert [state.audit.verdict(plan, epoch) for epoch in (0, 1)] == [None, None]
     return stored
+
+
+def averages_of_ranks() -> tuple[Tensor, ...]:
+    """Statistics in the moving average, before and after a checkpoint, and its weights."""
+    state = new_state(batchnorm=True, dtype=torch.float64, ema=0.9)
+    settings = loop_settings(steps=6)
+    for _ in steps_of(state, settings, stop=5, **place()):
+        pass
+    before = state.judged.backbone.body.norm.running_var.clone()
+    stored = to_host(state.state_dict())["average"]
+    return before, stored["backbone.body.norm.running_var"], stored["heads.0.0.weight"]
+
+
+def test_the_moving_averages_statistics_become_their_mean_and_its_weights_are_equal() -> None:
+    (before, stored, weight), (other, other_stored, other_weight) = run_on_ranks(
+        2, averages_of_ranks
+    )
+    assert not torch.equal(before, other)  # each rank's norms have seen its own images
+    assert torch.equal(weight, other_weight)
+    assert torch.equal(stored, other_stored)
+    torch.testing.assert_close(stored, (before + other) / 2, rtol=1e-15, atol=0)
 
 
 def batchnorms_of_ranks() -> tuple[Tensor, ...]:
@@ -171,7 +197,7 @@ def stopped_by_one_rank() -> tuple[str, int, bool]:
     next(steps)
     expected = to_host(state.student.state_dict())
     if dist.get_rank() == 1:
-        unwrapped(state.student).head.register_forward_hook(lambda _m, _i, output: output / 0)
+        unwrapped(state.student).heads[0].register_forward_hook(lambda _m, _i, output: output / 0)
     try:
         next(steps)
     except TrainingError as error:

@@ -1,17 +1,18 @@
 """Two ranks of B / 2 images train as one process of B images, and so does accumulation."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from networks import small_student, small_teacher
+from networks import branch_of, queue_of, small_student, small_teacher
 from ranks import run_on_ranks
 from tiny import images, tiny_config, unit_rows
 
+from pcd_ray import metric_names as names
 from pcd_ray.distill.build import build_student
-from pcd_ray.distill.feature_queue import FeatureQueue
 from pcd_ray.distill.heads import MlpShape
 from pcd_ray.distill.step import DistillSettings, ViewBatch
 from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, wrap_student
@@ -21,85 +22,112 @@ CPU = torch.device("cpu")
 GLOBAL_BATCH, STEPS, WIDTH = 8, 6, 6
 
 
-def new_state(optimizer: str) -> TrainState:
-    student = small_student(width=WIDTH)
+def new_state(
+    optimizer: str, implementation: str, pairing: str, weights: Sequence[float]
+) -> TrainState:
+    """A run with a teacher for each weight, each of another width and grid."""
+    widths = [WIDTH + number for number in range(len(weights))]
+    student = small_student(widths=widths)
+    grid = tuple(student(own_views(0).student)[0].shape[2:])
+    distill = DistillSettings(0.2, implementation, pairing, 0.7, grid=grid)
     wrapped = wrap_student(student, device=CPU, compiled=False)
-    queue = FeatureQueue(21, WIDTH, seed=0, device=CPU)
-    queue.negatives = unit_rows(0, 21, WIDTH)
+    branches = [
+        branch_of(
+            small_teacher(number, stride=8 // (number + 1), width=width),
+            queue_of(unit_rows(number, 21, width)),
+            distill,
+            weight=weight,
+        )
+        for number, (width, weight) in enumerate(zip(widths, weights, strict=True))
+    ]
     built = (
         torch.optim.SGD(student.parameters(), lr=0, momentum=0.9)
         if optimizer == "sgd"
         else build_optimizer("lars", student, weight_decay=1e-5)
     )
     set_learning_rate(built, 0.5)
-    return TrainState(wrapped, built, queue)
+    return TrainState(wrapped, built, branches)
 
 
 def own_views(step: int) -> ViewBatch:
     """This process's part of the global batch of a step."""
     whole = [images(100 + 2 * step + i, GLOBAL_BATCH, 32) for i in range(2)]
-    boxes = torch.ones(GLOBAL_BATCH, 5)
+    # crops that overlap less from image to image: parts of a batch have unlike numbers of pairs
+    boxes = torch.tensor([[0.0, 0, 32, 32, 0]]).repeat(GLOBAL_BATCH, 1)
+    others = boxes + torch.arange(GLOBAL_BATCH)[:, None] * torch.tensor([4.0, 2, 0, 0, 0])
     rank, count = 0, 1
     if torch.distributed.is_initialized():
         rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    parts = [rows.chunk(count)[rank] for rows in (*whole, boxes, boxes)]
+    parts = [rows.chunk(count)[rank] for rows in (*whole, boxes, others)]
     return ViewBatch(*parts)
 
 
-def trained(optimizer: str, implementation: str, accumulation_steps: int) -> dict[str, Any]:
-    state, teacher = new_state(optimizer), small_teacher(width=WIDTH)
-    start = unwrapped(state.student).head[0].weight.detach().clone()
+def trained(
+    optimizer: str,
+    implementation: str,
+    pairing: str,
+    accumulation_steps: int,
+    weights: Sequence[float],
+) -> dict[str, Any]:
+    state = new_state(optimizer, implementation, pairing, weights)
+    start = unwrapped(state.student).heads[0][0].weight.detach().clone()
     loop = LoopSettings(
         schedule=Schedule(0.5, 0, STEPS, 0.0), images_per_epoch=100, log_every_steps=1, seed=0,
         global_batch_size=GLOBAL_BATCH, accumulation_steps=accumulation_steps, clip_grad_norm=0.0,
     )  # fmt: skip
-    distill = DistillSettings(0.2, implementation, "cross_view_index", 0.7)
     losses = []
     for step in range(STEPS):
         views = own_views(step)
-        losses.append(train_step(state, teacher, views, distill, loop, watch=False)["loss"].item())
+        losses.append(train_step(state, views, loop, watch=False)[names.LOSS].item())
     student = unwrapped(state.student)
     return {
         "weights": {name: p.detach() for name, p in student.named_parameters()},
-        "negatives": state.queue.negatives,
-        "cursor": state.queue.cursor,
+        "negatives": [branch.queue.negatives for branch in state.branches],
+        "cursor": state.branches[-1].queue.cursor,
         "losses": np.array(losses),
-        "moved": (student.head[0].weight.detach() - start).norm().item(),
+        "moved": (student.heads[0][0].weight.detach() - start).norm().item(),
     }
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "implementation", "accumulation"),
-    [("sgd", "fused", 1), ("lars", "chunked", 2)],
+    ("optimizer", "implementation", "pairing", "accumulation", "weights"),
+    [
+        ("sgd", "fused", "cross_view_index", 1, [1.0]),
+        ("lars", "chunked", "same_view", 2, [1.0]),
+        ("sgd", "plain", "cross_view_geometric", 2, [1.0]),
+        ("sgd", "fused", "cross_view_geometric", 2, [0.7, 1.5]),
+    ],
 )
 def test_two_ranks_of_half_the_batch_train_as_one_process(
-    optimizer: str, implementation: str, accumulation: int
+    optimizer: str, implementation: str, pairing: str, accumulation: int, weights: list[float]
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = trained(optimizer, "plain", 1)
+    alone = trained(optimizer, "plain", pairing, 1, weights)
     torch.set_num_threads(threads)
-    ranks = run_on_ranks(2, trained, optimizer, implementation, accumulation)
+    ranks = run_on_ranks(2, trained, optimizer, implementation, pairing, accumulation, weights)
     assert alone["moved"] > 1e-3  # it did train, and the queue wrapped twice
     assert alone["cursor"] == STEPS * GLOBAL_BATCH % 21
     for one, other in pairwise(ranks):  # to the bit: nobody broadcasts weights or queue
-        assert torch.equal(one["negatives"], other["negatives"])
+        for queue, same in zip(one["negatives"], other["negatives"], strict=True):
+            assert torch.equal(queue, same)
         assert all(torch.equal(p, other["weights"][name]) for name, p in one["weights"].items())
     for name, expected in alone["weights"].items():
         # float64: sums in another order, six steps
         torch.testing.assert_close(ranks[0]["weights"][name], expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(ranks[0]["negatives"], alone["negatives"], rtol=1e-12, atol=1e-14)
+    for queue, expected in zip(ranks[0]["negatives"], alone["negatives"], strict=True):
+        torch.testing.assert_close(queue, expected, rtol=1e-12, atol=1e-14)
     mean = (ranks[0]["losses"] + ranks[1]["losses"]) / 2
     np.testing.assert_allclose(mean, alone["losses"], rtol=1e-10)
 
 
 def steps_of_a_timm_student(backbone: str) -> float:
     config = tiny_config(student={"backbone": backbone, "mhsa": {"heads": 1}})
-    student = build_student(config, [MlpShape((WIDTH,))]).train()
+    student = build_student(config, [[MlpShape((WIDTH,))]]).train()
     wrapped = wrap_student(student, device=CPU, compiled=False)
     for step in range(3):  # DistributedDataParallel complains of the step before
-        wrapped(images(step, 2, 64)).square().mean().backward()
-    return float(sum(p.grad.abs().sum() for p in student.head.parameters()))
+        wrapped(images(step, 2, 64))[0].square().mean().backward()
+    return float(sum(p.grad.abs().sum() for p in student.heads[0].parameters()))
 
 
 def test_a_student_with_weights_behind_its_map_trains_on_two_ranks() -> None:

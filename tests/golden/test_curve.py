@@ -14,10 +14,10 @@ import torch
 from tiny import images, tiny_config
 from torch import nn
 
+from pcd_ray import metric_names as names
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build import LoadedTeacher, build_method
 from pcd_ray.distill.teacher import TeacherIdentity
-from pcd_ray.train import metrics as names
 from pcd_ray.train.loop import LoopSettings, TrainState, train_steps
 from pcd_ray.train.optim import Schedule, build_optimizer
 
@@ -56,9 +56,10 @@ def test_thirty_steps_give_the_recorded_curve() -> None:
 
 def _curve() -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     config = tiny_config(teacher={"head": "published"}, train={"channels_last": True})
-    method = build_method(config, _teacher(), None, device=torch.device("cpu"))
+    method = build_method(config, [(_teacher(), None)], device=torch.device("cpu"))
     _draw_weights(method.student.double(), seed=1)
-    method.queue.negatives = method.queue.negatives.double()
+    queue = method.branches[0].queue
+    queue.negatives = queue.negatives.double()
     optimizer = build_optimizer("adamw", method.student, weight_decay=0.05)
     settings = LoopSettings(
         schedule=Schedule(2e-3, 3.0, STEPS, 0.1),
@@ -80,8 +81,8 @@ def _curve() -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         }
         for step in range(STEPS)
     ]
-    state = TrainState(method.student.train(), optimizer, method.queue)
-    steps = train_steps(state, method.teacher, batches, method.settings, settings)
+    state = TrainState(method.student.train(), optimizer, method.branches)
+    steps = train_steps(state, batches, settings)
     return np.array([[(done.metrics or {})[name] for name in COLUMNS] for done in steps])
 
 

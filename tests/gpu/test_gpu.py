@@ -9,13 +9,14 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
-from networks import small_backbone, small_head
+from networks import branch_of, small_backbone, small_head
 from tiny import images, tiny_config, unit_rows
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pcd_ray import metric_names as names
 from pcd_ray.config import Config
-from pcd_ray.distill.build import Method, build_method, fit_head, load_teacher
+from pcd_ray.distill.build import Method, build_method, fit_pca_head, load_teacher
 from pcd_ray.distill.feature_queue import FeatureQueue, gather_rows
 from pcd_ray.distill.loss import choose_implementation, contrastive_loss
 from pcd_ray.distill.step import DistillSettings, ViewBatch
@@ -72,19 +73,19 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(weights: Path, **train: object) -> tuple[Config, Method, TrainState]:
     """Return a tiny run at its first step, on the device."""
     config = tiny_config(
-        teacher={"weights": str(weights), "head": "pca", "pca_dim": 32},
+        teacher={"weights": str(weights), "head": "pca", "fit": {"dim": 32}},
         optim={"name": "adamw", "base_lr": 0.01},
         train={"global_batch_size": BATCH, **train},
     )
     loaded = load_teacher(config.teacher)
-    head = fit_head(loaded, [images(3, 32, 64)], dim=32, whiten=0.0)
-    method = build_method(config, loaded, head, device=CUDA)
+    head = fit_pca_head(loaded, [images(3, 32, 64)], config.teacher.fit)
+    method = build_method(config, [(loaded, head)], device=CUDA)
     if config.train.compile:
-        method.teacher.compile()
+        method.branches[0].teacher.compile()
     student = wrap_student(method.student, device=CUDA, compiled=config.train.compile).train()
     optimizer = build_optimizer("adamw", method.student, weight_decay=0.0)
     set_learning_rate(optimizer, 1e-3)
-    return config, method, TrainState(student, optimizer, method.queue)
+    return config, method, TrainState(student, optimizer, method.branches)
 
 
 def views() -> ViewBatch:
@@ -109,9 +110,7 @@ def losses(weights: Path, steps: int, **train: object) -> tuple[list[float], Tra
     """Take steps on one batch; return the loss before each."""
     config, method, state = built(weights, **train)
     found = [
-        train_step(
-            state, method.teacher, views(), method.settings, settings_of(config), watch=False
-        )["loss"].item()
+        train_step(state, views(), settings_of(config), watch=False)[names.LOSS].item()
         for _ in range(steps)
     ]
     return found, state, method
@@ -125,7 +124,7 @@ def test_bf16_channels_last_and_compile_train_the_same_student(weights_file: Pat
     # bf16 has 8 bits of mantissa; the cosines it blurs by 1% weigh 1 / tau = 5 in the loss
     assert fast[0] == pytest.approx(plain[0], abs=0.1)
     assert fast[-1] < fast[0], "six steps on one batch lower its loss"
-    assert tensors_sha256(method.teacher) == method.identity.sha256
+    assert tensors_sha256(method.branches[0].teacher) == method.branches[0].identity.sha256
     kept = {value.dtype for value in unwrapped(state.student).parameters()}
     assert kept == {torch.float32}, "autocast computes in bf16, weights stay"
     assert state.queue.num_pushed == 6 * BATCH
@@ -156,8 +155,9 @@ def test_a_step_under_ddp_on_nccl_is_the_step_without() -> None:
     distill = DistillSettings(0.2, "fused", "same_view", 0.7)
     for module in (student, wrapped):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-        state = TrainState(module, optimizer, FeatureQueue(21, 6, seed=0, device=CUDA))
-        train_step(state, teacher, views(), distill, settings_of(Config()), watch=False)
+        queue = FeatureQueue(21, 6, seed=0, device=CUDA)
+        state = TrainState(module, optimizer, [branch_of(teacher, queue, distill)])
+        train_step(state, views(), settings_of(Config()), watch=False)
     assert any(p.grad is not None for p in student.parameters())
     for alone, under_ddp in zip(student.parameters(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(under_ddp, alone, rtol=1e-4, atol=1e-6)

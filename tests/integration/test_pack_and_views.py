@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -12,10 +13,11 @@ from pcd_ray.data import ray_stream
 from pcd_ray.data.augment import ViewRecipe, eval_view, make_views
 from pcd_ray.data.plan import EpochPlan, SeenAudit
 from pcd_ray.data.ray_pack import PackResult, pack
-from pcd_ray.data.ray_views import Batch, eval_batches, recipe_from, view_batches
+from pcd_ray.data.ray_views import Batch, chunks_ahead, eval_batches, recipe_from, view_batches
 from pcd_ray.data.shards import Shards, open_shards, verify_shards
 from pcd_ray.errors import ShardError
 from pcd_ray.seeds import derive_seed
+from pcd_ray.storage import StorageError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -137,6 +139,7 @@ def _steps(
     rank: int = 0,
     num_ranks: int = 1,
     images_per_task: int = 7,
+    prefetch_batches: int = 2,
     recipe: ViewRecipe | None = None,
 ) -> list[Batch]:
     """Return a rank's batches of 12 images per step."""
@@ -150,7 +153,7 @@ def _steps(
         global_batch_size=12,
         start_step=steps[0],
         stop_step=steps[1],
-        data=DataConfig(images_per_task=images_per_task),
+        data=DataConfig(images_per_task=images_per_task, prefetch_batches=prefetch_batches),
     )
     return list(batches)
 
@@ -230,6 +233,25 @@ def test_the_size_of_tasks_does_not_matter(
     assert _equal(batches, nine_steps[:2])
 
 
+@pytest.mark.parametrize("prefetch_batches", [0, 3])
+def test_what_is_kept_ready_does_not_matter(
+    shards: Shards, nine_steps: list[Batch], prefetch_batches: int
+) -> None:
+    batches = _steps(shards, steps=(0, 2), prefetch_batches=prefetch_batches)
+    assert _equal(batches, nine_steps[:2])
+
+
+@pytest.mark.parametrize(
+    ("batches", "batch_size", "images_per_task", "blocks"),
+    [(2, 512, 128, 8), (2, 32, 128, 1), (3, 50, 128, 2), (1, 128, 128, 1), (0, 512, 128, 0)],
+)
+def test_blocks_kept_ready_hold_the_batches_asked_for_and_no_more(
+    batches: int, batch_size: int, images_per_task: int, blocks: int
+) -> None:
+    data = DataConfig(prefetch_batches=batches, images_per_task=images_per_task)
+    assert chunks_ahead(data, batch_size) == blocks
+
+
 def test_a_long_run_of_several_executions_is_one_stream(
     shards: Shards, nine_steps: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,17 +296,34 @@ def test_stopping_early_frees_the_cluster(shards: Shards, nine_steps: list[Batch
     assert len(_steps(shards, steps=(0, 2))) == 2  # would hang if the CPUs were still taken
 
 
+def _elsewhere(index: pa.Table, uri: str) -> pa.Table:
+    """Return the index with all its images said to lie in one other file."""
+    position = index.schema.get_field_index("uri")
+    return index.set_column(position, index.schema.field(position), [[uri] * index.num_rows])
+
+
 def test_an_image_damaged_after_packing_is_named(shards: Shards, tmp_path: Path) -> None:
     entry = shards.index.slice(0, 1).to_pylist()[0]
     copy = tmp_path / Path(entry["uri"]).name
     content = bytearray(Path(entry["uri"]).read_bytes())
     content[entry["offset"] : entry["offset"] + 40] = bytes(40)
     copy.write_bytes(bytes(content))
-    position = shards.index.schema.get_field_index("uri")
-    field = shards.index.schema.field(position)
-    index = shards.index.set_column(position, field, [[str(copy)] * shards.num_images])
+    index = _elsewhere(shards.index, str(copy))
     with pytest.raises(ShardError, match=f"image '{entry['key']}' in .*{copy.name}: not an image"):
         list(eval_batches(index, [0], size_px=8, batch_size=1, data=DataConfig()))
+
+
+def test_storage_that_fails_is_told_from_images_that_are_damaged(
+    shards: Shards, tmp_path: Path
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)  # the file is there, and reading it fails
+    with pytest.raises(StorageError, match=r"loop cannot be read: .*symbolic links"):
+        list(
+            eval_batches(
+                _elsewhere(shards.index, str(loop)), [0], size_px=8, batch_size=1, data=DataConfig()
+            )
+        )
 
 
 def test_evaluation_reads_the_rows_asked_for_in_order(shards: Shards, source: str) -> None:

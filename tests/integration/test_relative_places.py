@@ -24,11 +24,15 @@ def test_relative_places_are_the_callers(tmp_path: Path, monkeypatch: pytest.Mon
         "optim.warmup_epochs=0.1",
         "train.epochs=1",
         "train.global_batch_size=8",
+        "export.path=out/student.safetensors",
     ]
     assert main(["pack", "data.sources=photos", "data.shards=shards"]) == 0
     assert main(["train", *options, "--dry-run"]) == 0
     assert main(["train", *options]) == 0
     assert main(["inspect", "runs/pcd"]) == 0
-    assert main(["export", "runs/pcd"]) == 0
+    assert main(["export", "runs/pcd", "export.path="]) == 0
     assert (tmp_path / "runs/pcd/exported/test_resnet.safetensors").is_file()
     assert (tmp_path / "runs/pcd/report.html").is_file()
+    monkeypatch.chdir(tmp_path / "photos")
+    assert main(["export", "../runs/pcd"]) == 0  # where it was asked for when the run began
+    assert (tmp_path / "out/student.safetensors").is_file()

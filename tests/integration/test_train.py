@@ -23,6 +23,7 @@ from processes import train_workers, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import NUM_IMAGES, STEPS, changed, prepare, write_images, write_teacher
 
+from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -36,7 +37,6 @@ from pcd_ray.data.plan import EpochPlan, SeenAudit
 from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import CheckpointError, PcdError, ShardError
 from pcd_ray.export import export
-from pcd_ray.train import metrics as names
 from pcd_ray.train.ray_launch import TrainResult, dry_run, train
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -105,8 +105,9 @@ def content_of(folder: Path) -> dict[str, bytes]:
 def assert_same_end(one: Checkpoint, other: Checkpoint) -> None:
     """Both runs have come to the same numbers, to the bit."""
     assert one.state["step"] == other.state["step"] == STEPS
-    for part in ("student", "queue"):
-        left, right = one.state[part], other.state[part]
+    pairs = [(one.state[part], other.state[part]) for part in ("student", "average")]
+    pairs += zip(one.state["queues"], other.state["queues"], strict=True)
+    for left, right in pairs:
         assert left.keys() == right.keys()
         for name, value in left.items():
             same = (
@@ -160,7 +161,7 @@ def test_the_newest_checkpoints_are_kept_and_say_what_they_are(reference: Refere
     assert stored.about["teacher"]["licence"] == "MIT"
     assert stored.about["data_sha256"] == open_shards(reference.config.data.shards).content_hash
     assert stored.config == reference.config
-    assert stored.state["queue"]["num_pushed"] == 2 * NUM_IMAGES
+    assert stored.state["queues"][0]["num_pushed"] == 2 * NUM_IMAGES
 
 
 def test_each_image_is_read_once_per_epoch_and_said_so(reference: Reference) -> None:
@@ -178,6 +179,27 @@ def test_teacher_and_untrained_student_are_measured_for_comparison(reference: Re
         assert found[names.KNN_TOP1][network] == pytest.approx(scores[network], abs=100 / 12 + 0.1)
     last = [line for line in reference.result.history if names.KNN_TOP1 in line][-1]
     assert last[names.KNN_TOP1] == pytest.approx(scores["student"], abs=100 / 12 + 0.1)
+
+
+def test_a_contrastive_head_is_fitted_once_by_the_run_and_used_when_it_goes_on(
+    prepared: Config,
+) -> None:
+    fit = {"dim": 8, "hidden": 24, "images": 20, "views": 3, "steps": 20}
+    teacher = {"head": "contrastive", "fit": fit}
+    quick = {"epochs": 1, "num_workers": 1, "checkpoint_every_steps": 0}
+    short = of_name(prepared, "contrastive", teacher=teacher, train=quick, eval={"every_epochs": 0})
+    result, console = trained(short)
+    assert "fitting the teacher's 8-wide contrastive head" in console
+    assert re.search(r"the head finds \d+% of images by another view of them", console)
+    head = Path(RunFolder.of(short).fitted_head("teacher"))
+    fitted = head.read_bytes()
+    assert safetensors.torch.load(fitted)["3.weight"].shape == (8, 24)
+    assert result.metrics["plan"]["embedding_width"] == 8
+    longer = changed(short, train=quick | {"epochs": 2}, run={"allow_changes": True})
+    _, console = trained(longer)
+    assert "resumed at step 11" in console
+    assert "fitting" not in console
+    assert head.read_bytes() == fitted
 
 
 def test_the_student_is_there_for_timm(reference: Reference) -> None:
@@ -277,21 +299,42 @@ def start_command(config: Config, folder: Path) -> "subprocess.Popen[str]":
     )
 
 
+def wait_for_a_checkpoint(command: "subprocess.Popen[str]", config: Config) -> None:
+    """Wait until a run has stored step 4.
+
+    Raises:
+        AssertionError: it has ended before.
+    """
+    mark = Path(RunFolder.of(config).checkpoints) / checkpoint_name(4) / "checkpoint.json"
+    wait_for(lambda: mark.exists() or command.poll() is not None, timeout_s=EVENT_S)
+    assert command.poll() is None, command.communicate()
+
+
+def test_ctrl_c_stops_a_run_in_words_and_the_same_command_can_go_on(
+    prepared: Config, tmp_path: Path
+) -> None:
+    config = of_name(prepared, "interrupted", train={"epochs": 200})
+    command = start_command(config, tmp_path)
+    try:
+        wait_for_a_checkpoint(command, config)
+        command.send_signal(signal.SIGINT)
+        out, err = command.communicate(timeout=EVENT_S)
+    finally:
+        command.kill()
+    assert command.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
+    assert "Traceback" not in err
+    assert newest(config).about["step"] >= 4
+
+
 def test_a_driver_that_is_killed_goes_on_with_the_same_command(
     reference: Reference, tmp_path: Path
 ) -> None:
     config = of_name(reference.config, "driver_killed")
-    checkpoints = Path(RunFolder.of(config).checkpoints)
     command = start_command(config, tmp_path)
     try:
-        wait_for(
-            lambda: (
-                (checkpoints / "step_00000004" / "checkpoint.json").exists()
-                or command.poll() is not None
-            ),
-            timeout_s=EVENT_S,
-        )
-        assert command.poll() is None, command.communicate()
+        wait_for_a_checkpoint(command, config)
         orphans = train_workers(command.pid)
     finally:
         command.kill()
@@ -314,6 +357,26 @@ def half_way(reference: Reference, name: str, **sections: dict[str, Any]) -> Con
     source = Path(RunFolder.of(reference.config).checkpoints) / "step_00000020"
     shutil.copytree(source, Path(RunFolder.of(config).checkpoints) / source.name)
     return config
+
+
+def test_references_are_measured_again_when_the_sets_have_changed(
+    reference: Reference, tmp_path: Path
+) -> None:
+    test = write_images(tmp_path / "test", 9, seed=3)
+    config = half_way(reference, "references", eval={"knn_test": test, "knn_k": 3})
+    old = Path(reference.result.path) / "references.json"
+    new = Path(shutil.copy(old, RunFolder.of(config).uri))
+    result, console = trained(config)
+    assert "kNN top-1: teacher" in console
+    found = json.loads(new.read_text())
+    assert found["measured_on"]["knn_test"] == test
+    for network in ("untrained", "teacher"):  # of the untrained student, though it is at step 20
+        judged = result.metrics["knn_top1"][network]
+        assert found[names.KNN_TOP1][network] == pytest.approx(judged, abs=100 / 9 + 0.1)
+    written = new.read_bytes()
+    longer = changed(config, train={"epochs": 3}, run={"allow_changes": True})
+    assert "kNN top-1: teacher" not in trained(longer)[1]
+    assert new.read_bytes() == written
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_keeps_what_was(
@@ -413,7 +476,7 @@ def test_bad_images_are_refused_when_they_are_packed(
     shards = f"data.shards={bad.folder}/new"
     for source, text in [("nowhere", "no such folder"), ("images", "holds no image")]:
         assert bad.run(f"data.sources={bad.folder}/{source}", shards, verb="pack") == 2
-        assert re.search(rf"{source}\S*: .*{text}.*; check data.sources", error_of(capsys))
+        assert re.search(rf"data\.sources: \S*{source}: .*{text}", error_of(capsys))
     good = next(Path(bad.config.data.sources[0].uri).rglob("*.jpg")).read_bytes()
     for name, content, settings, text in [
         ("text.jpg", b"no picture", "data.max_pixels=5000", "text.jpg: not an image"),
@@ -468,10 +531,15 @@ def text_file(bad: BadInput) -> str:
             r"is no test_resnet file \(.*left over: projector\.0\.weight",
         ),
         ("teacher.weights={nan}", r"head.*nan|nan.*head"),
-        ("teacher.arch=resnet10t", r"holds a test_resnet; set teacher\.arch=test_resnet"),
+        ("teacher.arch=resnet10t", r"holds a test_resnet, but .*; set teacher\.arch=test_resnet"),
         ("teacher.arch=no_net", r"'no_net' is no timm model"),
         ("student.backbone=resnett18", r"did you mean resnet18"),
         ("student.mhsa.heads=7", r"student\.mhsa\.heads=7 does not divide .* 96 channels; use one"),
+        (
+            "teacher.kwargs={{output_stride: 32}}",
+            r"teacher's map is 1 x 1 and the student's 4 x 4, .*; set student\.grid=interpolate",
+        ),
+        ("student.backbone=test_vit", r"output_stride=8, but test_vit has maps of stride 16 alone"),
         ("loss.temprature=1", r"did you mean loss\.temperature\?"),
         ("optim.name=lar", r"did you mean 'lars'\?"),
         ("train.global_batch_size=5", r"train\.global_batch_size=5 does not split .*; use 4 or 6"),
@@ -506,5 +574,6 @@ def test_a_dry_run_says_what_would_happen_and_trains_nothing(
     plan = json.loads(capsys.readouterr().out)
     assert (plan["steps"], plan["images"], plan["batch_size_per_worker"]) == (STEPS, NUM_IMAGES, 2)
     assert plan["queue_fill_steps"] == 8
+    assert plan["eval_read"]["eval.knn_test"] == "all 12 images"
     assert plan["law_error"] < 1e-9
     assert not (Path(bad.config.run.root) / "dry" / "checkpoints").exists()

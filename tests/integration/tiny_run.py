@@ -58,8 +58,9 @@ def prepare(root: Path) -> Config:
             },
             "student": {
                 "backbone": "test_resnet",
-                "kwargs": {"output_stride": 8},
+                "output_stride": 8,
                 "mhsa": {"heads": 4},
+                "ema": 0.9,
             },
             "loss": {"queue_size": 32},
             "optim": {"name": "adamw", "base_lr": 0.03, "warmup_epochs": 0.5},
@@ -85,4 +86,6 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
     from pcd_ray.config import config_to_values
 
     values = config_to_values(config)
-    return config_from_values({k: v | sections.get(k, {}) for k, v in values.items()})
+    return config_from_values(
+        {k: (v or {}) | sections[k] if k in sections else v for k, v in values.items()}
+    )

@@ -15,6 +15,7 @@ from pcd_ray.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
     to_host,
 )
@@ -36,7 +37,7 @@ def state(step: int = 3) -> dict[str, Any]:
     return {
         "student": student.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "queue": queue.state_dict(),
+        "queues": [queue.state_dict()],
         "step": step,
         "audit": [],
     }
@@ -98,6 +99,55 @@ def test_steps_are_listed_as_numbers_and_the_newest_is_found(folder: RunFolder) 
     assert step_of(folder) == 100_000_000
 
 
+def test_a_runs_folder_may_have_a_question_mark_in_its_name(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "better?"))
+    save(folder, 4)
+    assert checkpoint_steps(folder) == [4]
+
+
+def test_the_newest_checkpoints_are_kept(folder: RunFolder) -> None:
+    for step in (1, 2, 3, 4):
+        save(folder, step)
+    prune_checkpoints(folder, written=4, keep=2)
+    assert checkpoint_steps(folder) == [3, 4]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_checkpoints_never_take_the_place_of_good_ones(
+    folder: RunFolder, keep: int
+) -> None:
+    for step in (50, 100, 200, 300):
+        save(folder, step)
+    for step in (200, 300):
+        (Path(folder.checkpoints) / checkpoint_name(step) / "state.pt").write_bytes(b"cut off")
+    resumed = latest_checkpoint(folder)
+    assert resumed is not None
+    assert resumed.about["step"] == 100
+    save(folder, 150)
+    prune_checkpoints(folder, written=150, keep=keep, damaged=resumed.passed_over)
+    assert checkpoint_steps(folder) == [100, 150][-keep:]
+    assert step_of(folder) == 150
+
+
+def test_a_damaged_checkpoint_that_is_written_anew_is_kept(folder: RunFolder) -> None:
+    save(folder, 100)
+    newest = save(folder, 200)
+    (newest / "state.pt").write_bytes(b"cut off")
+    resumed = latest_checkpoint(folder)
+    assert resumed is not None
+    save(folder, 200)
+    prune_checkpoints(folder, written=200, keep=1, damaged=resumed.passed_over)
+    assert checkpoint_steps(folder) == [200]
+    assert step_of(folder) == 200
+
+
+def test_what_lies_beyond_the_written_step_costs_no_older_one(folder: RunFolder) -> None:
+    for step in (100, 150, 200):
+        save(folder, step)
+    prune_checkpoints(folder, written=150, keep=1)
+    assert checkpoint_steps(folder) == [150, 200]
+
+
 @pytest.mark.parametrize("name", ["state.pt", "config.yaml", "checkpoint.json"])
 def test_a_checkpoint_with_a_missing_file_is_refused_and_passed_over(
     folder: RunFolder, name: str
@@ -129,7 +179,12 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over(
         (newest / name).write_text("run: [unclosed")
     with pytest.raises(CheckpointError):
         load_checkpoint(str(newest))
-    assert step_of(folder) == 1
+    found = latest_checkpoint(folder)
+    assert found is not None
+    assert found.state["step"] == 1
+    if name != "checkpoint.json":  # without that file it does not count, as if half written
+        assert list(found.passed_over) == [str(newest)]
+        assert str(newest) in found.passed_over[str(newest)]
 
 
 def test_a_state_that_was_tampered_with_is_refused(folder: RunFolder) -> None:

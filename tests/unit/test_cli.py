@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from stored_run import store_run
 
 from pcd_ray import __version__
 from pcd_ray.cli import main
@@ -112,6 +113,8 @@ def test_a_table_has_a_line_for_each_value(images: str, capsys: pytest.CaptureFi
         (["export"], "got 0 arguments; the form is: pcd-ray export RUN"),
         (["export", "nowhere"], "nowhere holds no complete checkpoint"),
         (["export", "nowhere", "export.pth=a"], "did you mean export.path?"),
+        (["export", "nowhere", "student.backbone=a"], "'student.backbone=a' is none of export.*"),
+        (["export", "nowhere", "exports.path=a"], "'exports.path=a' is none of export.*"),
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["train", "train.num_wokers=2"], "did you mean train.num_workers?"),
         (["train", "optim.name=lar"], "optim.name='lar' is not one of 'lars' or 'adamw'"),
@@ -119,6 +122,7 @@ def test_a_table_has_a_line_for_each_value(images: str, capsys: pytest.CaptureFi
         (["train", "loss.temperature=0"], "loss.temperature must be > 0, got 0.0"),
         (["train", "train.global_batch_size=10", "train.num_workers=3"], "use 9 or 12"),
         (["train", "a.yaml", "b.yaml"], "cannot be read"),
+        (["demo", "loss.temperature=0"], "loss.temperature must be > 0, got 0.0"),
         (["pack", "data.sorces=a"], "did you mean data.sources?"),
     ],
 )
@@ -158,6 +162,26 @@ def test_an_unknown_verb_or_flag_is_refused_with_the_known_ones(
     err = capsys.readouterr().err
     assert "usage: pcd-ray" in err
     assert "Traceback" not in err
+
+
+def test_export_does_what_the_runs_options_say_unless_it_is_told_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "chosen.safetensors"
+    folder, _ = store_run(tmp_path, 1, export={"path": str(place), "keep_neck": True})
+
+    def exported(*words: str) -> dict[str, str]:
+        assert main(["export", folder.uri, *words, "--json"]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    assert exported()["path"] == str(place)
+    assert place.exists()
+    told = exported(f"export.path={tmp_path}/other.safetensors")
+    assert told["path"] == f"{tmp_path}/other.safetensors"
+    assert told["neck_path"] == f"{tmp_path}/other_mhsa.safetensors"  # still as the run says
+    usual = exported("export.path=", "export.keep_neck=false")
+    assert usual["path"] == folder.file("exported", "test_resnet.safetensors")
+    assert usual["neck_path"] == ""
 
 
 def test_a_script_of_jobs_is_the_verb(tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ def test_everything_is_frozen() -> None:
         ("run.name", "a/b", "run.name must be a plain name, got 'a/b'"),
         ("loss", 3, "loss=3: is a section; write its options as loss.option=value"),
         ("loss", None, "loss=None: is a section"),
+        ("student.output_stride", 4, "student.output_stride=4 is not one of 0, 8, 16 or 32"),
+        ("student.grid", "upsampel", "did you mean 'upsample'?"),
+        (
+            "student",
+            {"output_stride": 8, "kwargs": {"output_stride": 16}},
+            "student.output_stride must be 0 where student.kwargs holds output_stride, got 8",
+        ),
+        (
+            "student",
+            {"predictor": False, "predictor_hidden": 64},
+            "student.predictor_hidden must be 0 where student.predictor is false, got 64",
+        ),
         ("data.sources", [{"weight": 2}], "data.sources.0.uri: missing; give a value"),
         ("optim.base_lr", float("inf"), "optim.base_lr=inf: input should be a finite number"),
         ("loss.temperature", float("nan"), "loss.temperature=nan: input should be a finite"),
@@ -99,14 +111,21 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
         ("augment.flip_prob", 1.1),
         ("augment.hue", 0.6),
         ("augment.contrast", -0.1),
-        ("teacher.pca_dim", 0),
-        ("teacher.pca_images", 1),
-        ("teacher.pca_whiten", 2),
+        ("teacher.fit.dim", 0),
+        ("teacher.fit.images", 1),
+        ("teacher.fit.views", 1),
+        ("teacher.fit.hidden", 0),
+        ("teacher.fit.steps", 0),
+        ("teacher.fit.temperature", 0),
+        ("teacher.fit.whiten", 2),
         ("teacher.mean", [0, 0, 2]),
         ("teacher.std", [0, 1, 1]),
         ("student.mhsa.heads", 0),
         ("student.mhsa.depth", -1),
         ("student.head_hidden", -1),
+        ("student.predictor_hidden", -1),
+        ("student.ema", 1),
+        ("student.ema", -0.1),
         ("pairing.radius", 0),
         ("loss.temperature", 0),
         ("loss.queue_size", 0),
@@ -217,6 +236,38 @@ def test_changes_are_listed_where_they_matter_and_the_seed_does() -> None:
     )
     assert changed_options(old, new) == ["run.seed: 0 -> 1", "loss.temperature: 0.2 -> 0.1"]
     assert changed_options(old, old) == []
+
+
+def test_a_second_teacher_is_given_by_its_options_and_changed_as_a_whole() -> None:
+    one = config_from_file("")
+    assert (one.teacher_2, list(one.teachers)) == (None, ["teacher"])
+    words = ["teacher_2.weights=b.pth", "teacher_2.fit.dim=5", "teacher_2.weight=0.5"]
+    two = config_from_file("", words)
+    assert two.teacher_2 is not None
+    assert (two.teacher_2.weights, two.teacher_2.fit.dim, two.teacher_2.weight) == ("b.pth", 5, 0.5)
+    assert two.teachers == {"teacher": one.teacher, "teacher_2": two.teacher_2}
+    assert config_from_values(config_to_values(two)) == two
+    assert changed_options(one, two) == ["teacher_2: none -> given"]
+    assert changed_options(two, one) == ["teacher_2: given -> none"]
+    moved = config_from_file("", [*words[1:], "teacher_2.weights=c.pth", "teacher_2.head=none"])
+    assert changed_options(two, moved) == ["teacher_2.head: 'auto' -> 'none'"]
+
+
+@pytest.mark.parametrize(
+    ("override", "story"),
+    [
+        ("teacher_2.wieghts=x", r"teacher_2\.wieghts: .*did you mean teacher_2\.weights\?"),
+        ("teacher_2.fit.dimm=2", r"teacher_2\.fit\.dimm: .*did you mean teacher_2\.fit\.dim\?"),
+        ("teacher_2.weight=0", r"teacher_2\.weight must be > 0, got 0"),
+        ("teacher.weight=-1", r"teacher\.weight must be > 0, got -1"),
+        ("teacher_2=x", r"teacher_2='x': is a section; write .* teacher_2\.option=value"),
+    ],
+)
+def test_wrong_options_of_the_second_teacher_are_named_as_its_own(
+    override: str, story: str
+) -> None:
+    with pytest.raises(ConfigError, match=story):
+        config_from_file("", [override])
 
 
 def test_every_option_has_a_name_that_finds_it_and_harmless_ones_exist() -> None:

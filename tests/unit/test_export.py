@@ -7,8 +7,8 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from stored_run import TEACHER, store_run
-from tiny import images
+from stored_run import TEACHER, seen_student, store_run, store_student
+from tiny import images, tiny_config
 from torch import Tensor
 
 from pcd_ray.checkpoint import load_checkpoint
@@ -38,7 +38,12 @@ def features_as_timm_users_get_them(path: str, views: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("backbone", "kwargs"),
-    [("test_resnet", {}), ("test_convnext", {}), ("resnet18", NARROW)],
+    [
+        ("test_resnet", {}),
+        ("test_convnext", {}),
+        ("resnet18", NARROW),
+        ("eva02_tiny_patch14_224", {"img_size": 64, "patch_size": 16, "depth": 2}),
+    ],
 )
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_file_gives_the_checkpoints_features_in_timm(
@@ -57,6 +62,8 @@ def test_the_file_gives_the_checkpoints_features_in_timm(
         expected = student.backbone(views)
     # float32: normalisation is computed in another order, and other kernels for other layouts
     found = features_as_timm_users_get_them(result.path, views)
+    if found.ndim == 3:  # a transformer's tokens, the class token first
+        found = found[:, 1:].mT.unflatten(2, expected.shape[2:])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     own = student.backbone.body.state_dict()
     weights = safetensors.torch.load_file(result.path)
@@ -103,6 +110,40 @@ def test_an_older_step_and_a_place_can_be_chosen(tmp_path: Path) -> None:
     assert not (Path(folder.uri) / "exported").exists()
 
 
+def test_without_being_told_it_does_what_the_runs_options_say(tmp_path: Path) -> None:
+    place = str(tmp_path / "here" / "mine.safetensors")
+    folder, _ = store_run(tmp_path, 3, export={"path": place})
+    assert export(folder.uri).path == place
+    assert export(folder.uri, ExportConfig()).path != place
+
+
+def test_a_summary_of_another_file_or_verb_is_left_alone(tmp_path: Path) -> None:
+    folder, _ = store_run(tmp_path / "runs", 2)
+    for name in ("a.safetensors", "b.safetensors", "a.safetensors"):
+        export(folder.uri, ExportConfig(path=str(tmp_path / name)))
+    written = {p.name: json.loads(p.read_text())["path"] for p in tmp_path.glob("*.json")}
+    assert written == {
+        "summary.json": str(tmp_path / "a.safetensors"),
+        "b.summary.json": str(tmp_path / "b.safetensors"),
+    }
+    judged = Path(folder.file("summary.json"))
+    judged.write_text(json.dumps({"path": folder.uri, "step": 2}))
+    export(folder.uri, ExportConfig(path=folder.file("s.safetensors")))
+    assert json.loads(judged.read_text())["path"] == folder.uri
+
+
+@pytest.mark.parametrize(("judged_step", "carried"), [(4, True), (2, False)])
+def test_scores_of_the_exported_step_travel_with_it(
+    judged_step: int, carried: bool, tmp_path: Path
+) -> None:
+    folder, _ = store_run(tmp_path, 2, 4)
+    scores = {"knn_top1": {"untrained": 1.0, "student": 2.5, "teacher": 3.0}}
+    summary = {"step": judged_step, **scores, "plan": {"steps": 4}}
+    Path(folder.file("summary.json")).write_text(json.dumps(summary))
+    metrics = json.loads(metadata_of(export(folder.uri).path)["metrics"])
+    assert metrics == {"train/loss": 1.5} | ({"knn_top1": 2.5} if carried else {})
+
+
 def test_a_checkpoint_taken_out_of_its_run_exports_into_itself(tmp_path: Path) -> None:
     folder, _ = store_run(tmp_path, 3)
     alone = (Path(folder.checkpoints) / "step_00000003").rename(tmp_path / "alone")
@@ -136,6 +177,43 @@ def test_a_checkpoint_becomes_a_timm_model_in_eval_mode(tmp_path: Path) -> None:
     with torch.no_grad():
         pooled = student.backbone.body.forward_features(normalised).mean((2, 3))
         torch.testing.assert_close(model(normalised), pooled)
+
+
+def test_the_moving_average_is_exported_where_there_is_one_and_the_student_on_request(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config(run={"root": str(tmp_path), "name": "stored"})
+    student, average = seen_student(config), seen_student(config)
+    with torch.no_grad():
+        average.backbone.body.conv1[0].weight.mul_(2)
+    folder = store_student(config, student, 4, average=average)
+    judged = {"step": 4, "knn_top1": {"untrained": 1.0, "student": 2.5, "teacher": 3.0}}
+    Path(folder.file("summary.json")).write_text(json.dumps(judged))
+    for kind, expected, name in (
+        ("auto", average, "ema"),
+        ("ema", average, "ema"),
+        ("raw", student, "raw"),
+    ):
+        place = str(tmp_path / f"{kind}.safetensors")
+        result = export(folder.uri, ExportConfig(path=place, weights=kind, keep_neck=True))
+        assert result.weights == result.metadata["weights"] == name
+        weights = safetensors.torch.load_file(place)
+        own = expected.backbone.body.state_dict()
+        assert all(torch.equal(weights[key], own[key]) for key in own)
+        # scores are those of the weights that were judged
+        assert ("knn_top1" in json.loads(result.metadata["metrics"])) == (name == "ema")
+    stored = load_checkpoint(folder.file("checkpoints", "step_00000004"))
+    first = next(iter(average.backbone.body.state_dict().items()))
+    assert torch.equal(student_of(stored).state_dict()[first[0]], first[1])
+
+
+def test_a_moving_average_that_was_not_kept_cannot_be_exported(tmp_path: Path) -> None:
+    folder, _ = store_run(tmp_path, 3)
+    assert export(folder.uri).weights == "raw"
+    with pytest.raises(
+        CheckpointError, match=r"export.weights=ema, but .* no moving average; take"
+    ):
+        export(folder.uri, ExportConfig(weights="ema"))
 
 
 def test_without_a_checkpoint_or_room_nothing_is_written(tmp_path: Path) -> None:

@@ -1,47 +1,20 @@
+import hashlib
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
+from published import ROWS, save, small
 from stored_run import TEACHER, store_run
+from stored_shards import write_images, write_shards
 from torch import nn
 
-from pcd_ray.data.packing import pack_part, packed_index, plan_packing
-from pcd_ray.data.shard_writer import publish_shards
-from pcd_ray.data.shards import PackedSource
-from pcd_ray.data.sources import list_sources
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.errors import CheckpointError, PcdError, ShardError, WeightsError
 from pcd_ray.export import export
-from pcd_ray.inspection import inspect
-
-
-def write_images(root: Path) -> str:
-    for number, name in enumerate(["left/0.png", "left/1.jpg", "right/2.png"]):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (10 + number, 8), (number, 50, 90)).save(path)
-    return str(root)
-
-
-def write_shards(root: Path) -> str:
-    source = write_images(root / "images")
-    plan = plan_packing(list_sources([source]), seed=0, shard_bytes=10**6, max_pixels=10**6)
-    folder = str(root / "packed")
-    records = [pack_part(folder, plan, part) for part in range(len(plan.parts))]
-    index, files = packed_index(plan, records)
-    publish_shards(
-        folder,
-        index=index,
-        sources=[PackedSource(source, 1.0, index.num_rows)],
-        files=files,
-        num_bad=0,
-        plan_hash=plan.plan_hash,
-    )
-    return folder
+from pcd_ray.inspection import inspect, is_weights
 
 
 def test_images(tmp_path: Path) -> None:
@@ -60,7 +33,7 @@ def test_images(tmp_path: Path) -> None:
 
 def test_shards_are_verified_to_the_byte(tmp_path: Path) -> None:
     folder = write_shards(tmp_path)
-    found = inspect(folder).summary()
+    found = inspect(folder, verify=True).summary()
     assert (found["kind"], found["images"], found["shards"], found["classes"]) == (
         "shards",
         3,
@@ -74,6 +47,10 @@ def test_shards_are_verified_to_the_byte(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(ShardError, match="has changed since it was packed"):
+        inspect(folder, verify=True)
+    assert inspect(folder).facts["images"] == 3  # sizes are as they were: a look costs no reading
+    file.write_bytes(data[:-1])
+    with pytest.raises(ShardError, match="bytes, the manifest says"):
         inspect(folder)
 
 
@@ -82,11 +59,25 @@ def test_weights_of_timm(tmp_path: Path) -> None:
     path = tmp_path / "body.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
     found = inspect(str(path)).summary()
-    assert (found["kind"], found["layout"], found["output_width"]) == ("weights", "timm", None)
+    assert (found["kind"], found["output_width"]) == ("weights", None)
+    assert found["method"] == "not said: a bare backbone"
     assert found["tensors"] == len(model.state_dict())
-    assert found["network"] == "not said in the file; give teacher.arch"
-    assert found["head"] == "none: set teacher.head=pca or none"
+    assert str(found["network"]).startswith("not known: its names (bn1, conv1, ")
+    assert str(found["network"]).endswith("; set teacher.arch")
+    assert str(found["head"]).startswith("none: it is the backbone alone")
     assert found["licence"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://b/x.safetensors?endpoint_override=host:9000", True),
+        ("/a/B.PTH", True),
+        ("s3://b/images?x=.pth", False),
+    ],
+)
+def test_weights_are_known_by_their_name_alone(uri: str, expected: bool) -> None:
+    assert is_weights(uri) is expected
 
 
 def test_a_teacher_of_ours(tmp_path: Path) -> None:
@@ -94,9 +85,21 @@ def test_a_teacher_of_ours(tmp_path: Path) -> None:
     head = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 6))
     save_teacher(path, build_backbone("test_resnet"), head, activation="gelu", licence="MIT")
     found = inspect(path).summary()
-    assert (found["layout"], found["network"]) == ("pcd_ray", "test_resnet")
+    assert (found["method"], found["network"]) == ("pcd_ray", "test_resnet")
     assert (found["licence"], found["output_width"]) == ("MIT", 6)
     assert found["head"] == ["Linear 64-16", "GELU", "Linear 16-6"]
+
+
+def test_a_teacher_as_published(tmp_path: Path) -> None:
+    row = small(ROWS["DINO ViT-S"])
+    uri = save(row.published().content, tmp_path / "dino_full_checkpoint.pth")
+    found = inspect(uri).summary()
+    assert (found["method"], found["licence"], found["output_width"]) == ("DINO", "Apache-2.0", 8)
+    assert found["network"] == "vit_tiny_patch16_224 (img_size=224, dynamic_img_size=True)"
+    assert found["head"] == ["Linear 192-64", "GELU", "Linear 64-64", "GELU", "Linear 64-8"]
+    assert found["sha256"] == hashlib.sha256(Path(uri).read_bytes()).hexdigest()
+    beside = {"student", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
+    assert set(found["unused"]) == {"head.last_layer."} | beside
 
 
 def test_a_run_its_checkpoint_and_what_it_exported(tmp_path: Path) -> None:

@@ -114,6 +114,16 @@ def test_remote_uris_keep_their_query_at_the_end() -> None:
     assert storage.name_of("runs/a/") == "a"
 
 
+def test_a_question_mark_in_a_local_name_is_part_of_it(tmp_path: Path) -> None:
+    folder = storage.join(str(tmp_path), "what?", "now?")
+    assert folder == f"{tmp_path}/what?/now?"
+    assert storage.parent(folder) == f"{tmp_path}/what?"
+    assert storage.name_of(f"file://{folder}/") == "now?"
+    storage.write_text(storage.join(folder, "a?b.txt"), "here")
+    for uri in (str(tmp_path), f"{tmp_path}/what?", f"file://{tmp_path}/what?"):
+        assert storage.list_files(uri) == [StoredFile(f"{folder}/a?b.txt", 4)]
+
+
 def test_an_unknown_scheme_is_refused_in_words() -> None:
     with pytest.raises(StorageError, match=r"ftp2://host/a cannot be opened.*check the path"):
         storage.exists("ftp2://host/a")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pcd_ray.config import DataConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, finish_rgb, open_image, upright_size
 
 LIMIT = 1_000_000
@@ -100,6 +101,15 @@ def test_an_image_over_pillows_own_limit_is_refused_too() -> None:
     data = _encoded(Image.new("1", (20_000, 20_000)), "PNG")
     with pytest.raises(UnreadableImage, match=r"400,000,000 pixels exceed data.max_pixels"):
         decode_rgb(data, max_pixels=100_000_000)
+
+
+def test_no_option_promises_more_pixels_than_pillow_reads() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    limit = 2 * Image.MAX_IMAGE_PIXELS  # above it Pillow refuses, whatever we allow
+    assert DataConfig(max_pixels=limit).max_pixels == limit
+    message = rf"data\.max_pixels must be in \[1, {limit}\], .*Pillow.*, got {limit + 1}"
+    with pytest.raises(ValueError, match=message):
+        DataConfig(max_pixels=limit + 1)
 
 
 def test_a_reduced_jpeg_keeps_at_least_the_size_asked_for() -> None:

@@ -1,8 +1,11 @@
 """Packed shards: byte ranges are exact, a damaged or hostile folder is refused with its cause."""
 
+import errno
 import hashlib
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from PIL import Image
 
 from pcd_ray import storage
+from pcd_ray.data import shards as shards_module
 from pcd_ray.data.packing import finished_parts, pack_part, packed_index, plan_packing
 from pcd_ray.data.shard_writer import ShardWriter, publish_shards
 from pcd_ray.data.shards import (
@@ -28,6 +32,7 @@ from pcd_ray.data.shards import (
 )
 from pcd_ray.data.sources import list_sources, open_index
 from pcd_ray.errors import ShardError
+from pcd_ray.storage import StorageError
 
 
 def _folder(root: Path, num_images: int = 12) -> str:
@@ -274,6 +279,61 @@ def test_a_file_that_is_gone_or_too_short_is_named(tmp_path: Path) -> None:
         read_image_bytes([str(tmp_path / "gone")], [0], [4])
 
 
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "RETRY_PAUSES_S", (0.0, 0.0))
+
+
+def _failing(times: int, calls: list[str]) -> Callable[..., bytes]:
+    """Return an ``os.pread`` that fails as a flaky disk or network does, ``times`` times."""
+    pread = os.pread
+
+    def read(*args: int) -> bytes:
+        calls.append("read")
+        if len(calls) <= times:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(*args)
+
+    return read
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_read_that_fails_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    monkeypatch.setattr(os, "pread", _failing(2, calls := []))
+    assert read_image_bytes([str(tmp_path / "a")], [2], [3]) == [b"234"]
+    assert len(calls) == 3
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_read_that_goes_on_failing_is_the_storages_error_and_no_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _folder(tmp_path / "images")
+    plan = plan_packing(list_sources([source]), seed=0, shard_bytes=10**6, max_pixels=10**6)
+    folder = tmp_path / "packed"
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "pread", _failing(3, calls := []))
+        with pytest.raises(StorageError, match=r"\.png cannot be read: .*Input/output error"):
+            pack_part(str(folder), plan, 0)
+    assert len(calls) == 3
+    assert not folder.exists()  # no record that a later packing would believe
+    record = pack_part(str(folder), plan, 0)
+    assert (len(record.images), record.bad) == (12, [])
+
+
+def test_a_file_that_is_gone_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "RETRY_PAUSES_S", (1e9,))
+    (tmp_path / "a").write_bytes(b"in the way of a folder")
+    for uri in (f"{tmp_path}/gone", f"{tmp_path}/a/b", str(tmp_path)):
+        with pytest.raises(ShardError, match="check that it is still there"):
+            read_image_bytes([uri], [0], [4])
+
+
 def test_nothing_half_written_is_left_behind(tmp_path: Path) -> None:
     shards = _packed(tmp_path)
     names = {storage.name_of(file.uri) for file in storage.list_files(shards.uri)}
@@ -296,5 +356,8 @@ def test_object_stores_are_read_by_range_too(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())  # not a LocalFileSystem
     assert _read_ranges(store, "a", [(8, 2), (0, 3)]) == [b"89", b"012"]
-    with pytest.raises(ShardError, match="a: ends before byte 12"):
-        _read_ranges(store, "a", [(8, 4)])
+    for wanted in ((8, 4), (11, 1)):
+        with pytest.raises(ShardError, match="a: ends before byte 12"):
+            _read_ranges(store, "a", [wanted])
+    with pytest.raises(ShardError, match="gone: cannot be read"):
+        _read_ranges(store, "gone", [(8, 4)])

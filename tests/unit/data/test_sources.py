@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pcd_ray.data.image_index import classes_of, relabelled
-from pcd_ray.data.sources import INDEX_SCHEMA, _is_list, list_images, list_sources, open_index
+from pcd_ray.data.sources import INDEX_SCHEMA, is_list, list_images, list_sources, open_index
 from pcd_ray.errors import ShardError
 
 
@@ -59,9 +59,14 @@ def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
 
 
 def test_names_with_spaces_and_signs_are_kept(tmp_path: Path) -> None:
-    index = list_images(_tree(tmp_path, "a b/100% c#1.png"))
-    assert index.column("key").to_pylist() == ["a b/100% c#1.png"]
-    assert Path(index.column("uri").to_pylist()[0]).exists()
+    names = ["a b/100% c#1.png", "who?/1.png", "who?/1.png?.png"]
+    folder = _tree(tmp_path / "all?", *names)
+    index = list_images(folder)
+    assert index.column("key").to_pylist() == names
+    assert all(Path(uri).exists() for uri in index.column("uri").to_pylist())
+    (tmp_path / "all?" / "list?.txt").write_text("\n".join(names))
+    listed = list_images(f"{folder}/list?.txt")
+    assert _columns(listed, "key", "uri") == _columns(index, "key", "uri")
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
@@ -139,8 +144,8 @@ def test_labels_are_compared_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "is_list"),
+    ("uri", "expected"),
     [("s3://b/list.csv?region=x", True), ("/a/LIST.TXT", True), ("s3://b/img?x=.csv", False)],
 )
-def test_a_list_is_known_by_its_name_alone(uri: str, is_list: bool) -> None:
-    assert _is_list(uri) is is_list
+def test_a_list_is_known_by_its_name_alone(uri: str, expected: bool) -> None:
+    assert is_list(uri) is expected

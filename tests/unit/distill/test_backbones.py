@@ -124,10 +124,13 @@ def test_arguments_that_timm_refuses_are_shown() -> None:
 
 def test_a_size_that_a_network_cannot_take_is_refused() -> None:
     name = "vit_tiny_patch16_224"
-    with pytest.raises(ConfigError, match=rf"{name} cannot take augment.image_size_px=64: .*; use"):
-        map_shape(build_backbone(name), 64)
+    with pytest.raises(
+        ConfigError, match=rf"{name} cannot take images of 64 x 96 .*\(x\.y\): .*; use"
+    ):
+        map_shape(build_backbone(name), 64, 96, option="x.y")
     flexible = build_backbone(name, kwargs={"dynamic_img_size": True})
     assert map_shape(flexible, 64) == (192, 4, 4)
+    assert map_shape(flexible, 64, 96) == (192, 4, 6)
 
 
 @pytest.mark.parametrize("name", ["mixer_s32_224", "crossvit_tiny_240"])

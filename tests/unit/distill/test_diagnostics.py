@@ -27,7 +27,7 @@ def result_of(student: Tensor, teacher: Tensor, pairs: Pairs | None = None) -> S
 
 def diagnosed(student: Tensor, teacher: Tensor, pairs: Pairs | None = None) -> dict[str, float]:
     values = diagnose(result_of(student, teacher, pairs), NEGATIVES, SETTINGS)
-    return {name: value.item() for name, value in values.items()}
+    return {name.removeprefix("train/"): value.item() for name, value in values.items()}
 
 
 def teacher_pixels() -> Tensor:
@@ -43,6 +43,14 @@ def test_a_perfect_student() -> None:
     assert found["student_spread"] == found["teacher_spread"]
     expected = (t.flatten(0, 1) @ NEGATIVES.T).mean().item()
     assert found["negative_cosine"] == pytest.approx(expected)
+
+
+def test_the_floor_and_the_loss_above_it_are_the_loss() -> None:
+    student, t = unit_rows(5, 4 * 9, 16).view(4, 9, 16), teacher_pixels()
+    found = diagnosed(student, t)
+    loss = result_of(student, t).loss.item()
+    assert found["loss_floor"] + found["loss_above_floor"] == pytest.approx(loss, rel=1e-12)
+    assert found["loss_floor"] == diagnosed(t, t)["loss_floor"] == result_of(t, t).loss.item()
 
 
 def test_constant_features_have_rank_one_and_no_spread() -> None:

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +8,6 @@ from pcd_ray.distill.heads import (
     linear_widths,
     mirrored_head,
     output_width,
-    pca_head,
     shape_of,
 )
 from pcd_ray.errors import WeightsError
@@ -152,54 +150,3 @@ def test_in_place_activations_of_a_mirrored_head_change_no_gradient(
             (out, *torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()]))
         )
     torch.testing.assert_close(*results)
-
-
-def pixels(count: int = 400, channels: int = 9) -> Tensor:
-    random = torch.Generator().manual_seed(0)
-    mixing = torch.randn(channels, channels, generator=random, dtype=torch.float64)
-    rows = torch.randn(count, channels, generator=random, dtype=torch.float64) @ mixing
-    return (rows + torch.arange(channels)).float()
-
-
-def numpy_pca(rows: Tensor, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return projections and standard deviations of the first components, signs as they fall."""
-    centred = rows.double().numpy() - rows.double().numpy().mean(axis=0)
-    _, deviations, axes = np.linalg.svd(centred, full_matrices=False)
-    return centred @ axes[:dim].T, deviations[:dim] / np.sqrt(len(rows) - 1)
-
-
-@pytest.mark.parametrize("dim", [1, 4, 9])
-def test_pca_is_numpys(dim: int) -> None:
-    rows = pixels()
-    got = pca_head(rows, dim=dim, whiten=0.0)(rows).detach().double().numpy()
-    expected, deviations = numpy_pca(rows, dim)
-    signs = np.sign((got * expected).sum(axis=0))
-    np.testing.assert_allclose(got, expected * signs, atol=2e-5)  # weights are kept in float32
-    np.testing.assert_allclose(got.std(axis=0, ddof=1), deviations, rtol=1e-5)
-    np.testing.assert_allclose(got.mean(axis=0), 0, atol=1e-5)
-
-
-@pytest.mark.parametrize("whiten", [0.5, 1.0])
-def test_whitening_divides_by_a_power_of_the_deviation_relative_to_the_first(whiten: float) -> None:
-    rows = pixels()
-    got = pca_head(rows, dim=5, whiten=whiten)(rows).detach().numpy().std(axis=0, ddof=1)
-    _, deviations = numpy_pca(rows, 5)
-    expected = deviations / (deviations / deviations[0]) ** whiten
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
-
-
-def test_signs_of_components_do_not_depend_on_the_order_of_the_pixels() -> None:
-    rows = pixels()
-    one, other = (pca_head(r, dim=6, whiten=0.0) for r in (rows, rows.flip(0)))
-    torch.testing.assert_close(one[0].weight, other[0].weight, rtol=1e-5, atol=1e-6)
-    strongest = one[0].weight.gather(1, one[0].weight.abs().argmax(1, keepdim=True))
-    assert (strongest > 0).all()
-
-
-def test_more_components_than_the_pixels_hold_are_refused() -> None:
-    with pytest.raises(WeightsError, match=r"pca_dim=10 exceeds .* use at most 9"):
-        pca_head(pixels(), dim=10, whiten=0.0)
-    with pytest.raises(WeightsError, match=r"pca_dim=5 exceeds .* use at most 4"):
-        pca_head(pixels(count=5), dim=5, whiten=0.0)
-    with pytest.raises(WeightsError, match="do not vary"):
-        pca_head(torch.ones(50, 9), dim=3, whiten=0.0)

@@ -41,7 +41,7 @@ def value_and_gradient(
 @pytest.mark.parametrize("temperature", [0.02, 0.2, 1.0])
 def test_loss_is_the_written_sum(implementation: str, temperature: float) -> None:
     student, positive, negatives = inputs((6, 5, 17))
-    weights = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.float64)
+    weights = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.float64) / 4
     arrays = [list(rows.detach().numpy()) for rows in (student, positive, negatives)]
     settings = {"temperature": temperature, "implementation": implementation}
     got = contrastive_loss(student, positive, negatives, **settings)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def test_gradient_is_that_of_attention(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["fused", "chunked"])
 def test_gradient_is_the_numerical_one(implementation: str) -> None:
     student, positive, negatives = inputs((4, 5, 2060))
-    weights = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64) / 3
     assert torch.autograd.gradcheck(
         lambda s: contrastive_loss(
             F.normalize(s, dim=1),
@@ -149,7 +149,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(implementation: str) -
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_pixels_of_weight_zero_do_not_count(implementation: str) -> None:
     student, positive, negatives = inputs((6, 5, 17))
-    weights = torch.tensor([0, 1, 0, 1, 1, 0], dtype=torch.float64)
+    weights = torch.tensor([0, 1, 0, 1, 1, 0], dtype=torch.float64) / 3
     settings = {"temperature": 0.2, "implementation": implementation}
     value, gradient = value_and_gradient(student, positive, negatives, weights=weights, **settings)
     kept = weights.bool()
@@ -174,14 +174,29 @@ def test_without_any_positive_the_loss_and_its_gradient_are_zero(implementation:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_queue_may_change_after_the_backward_pass_and_gets_no_gradient(
-    implementation: str,
-) -> None:
-    student, positive, negatives = inputs((6, 5, 17), torch.float32)
-    before = negatives.clone()
-    value_and_gradient(student, positive, negatives, temperature=0.2, implementation=implementation)
-    assert torch.equal(negatives, before)
-    assert not negatives.requires_grad
+def test_the_queue_may_change_after_the_backward_pass(implementation: str) -> None:
+    student, positive, negatives = inputs((6, 5, 2060))
+    settings = {"temperature": 0.2, "implementation": implementation}
+    first = value_and_gradient(student, positive, negatives, **settings)
+    kept = [part.clone() for part in first]
+    others = unit_rows(9, len(negatives), 5)
+    negatives.copy_(others)  # in place, as the queue is pushed to
+    assert all(map(torch.equal, first, kept))  # nothing of the step before is a view of the queue
+    second = value_and_gradient(student, positive, negatives, **settings)
+    afresh = value_and_gradient(student, positive, others.clone(), **settings)
+    assert all(map(torch.equal, second, afresh))  # and nothing of the old queue is remembered
+    assert abs(second[0] - first[0]) > 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_negatives_are_constants_even_if_they_ask_for_a_gradient(implementation: str) -> None:
+    student, positive, negatives = inputs((6, 5, 17))
+    settings = {"temperature": 0.2, "implementation": implementation}
+    _, expected = value_and_gradient(student, positive, negatives, **settings)
+    contrastive_loss(student, positive, negatives.requires_grad_(), **settings).backward()  # type: ignore[arg-type]
+    assert negatives.grad is None
+    assert student.grad is not None
+    assert torch.equal(student.grad, expected)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from networks import small_student, small_teacher
+from networks import one_step, small_student, small_teacher
 from tiny import images, unit_rows
 from torch import Tensor, nn
 
 from pcd_ray.distill.loss import IMPLEMENTATIONS
 from pcd_ray.distill.pairing import KINDS
-from pcd_ray.distill.step import DistillSettings, ViewBatch, distill_step
+from pcd_ray.distill.step import DistillSettings, ViewBatch, pairs_per_part
 from pcd_ray.distill.teacher import FrozenTeacher
 
 
@@ -38,11 +38,11 @@ def test_a_step_equals_the_reference_from_images_to_loss(pairing: str, implement
     student, teacher = small_student(stride=8), small_teacher(stride=4)  # grids 4 x 4 and 8 x 8
     batch = views(shared=pairing == "same_view")
     negatives = unit_rows(14, 23, 6)
-    got = distill_step(
+    got = one_step(
         student, teacher, negatives, batch, settings(pairing, implementation=implementation)
     )
 
-    student_map = student(batch.student).detach().numpy()
+    student_map = student(batch.student)[0].detach().numpy()
     features = teacher.backbone(batch.teacher).detach().numpy()
     teacher_map = reference.shrink(reference.adapt(teacher.adaptor.head, features), (4, 4))
     s, t = reference.pixels(student_map), reference.pixels(teacher_map)
@@ -65,7 +65,7 @@ def test_a_step_equals_the_reference_from_images_to_loss(pairing: str, implement
 def test_keys_are_the_teachers_published_embeddings() -> None:
     student, teacher = small_student(stride=8), small_teacher(stride=4)
     batch = views(shared=True)
-    got = distill_step(student, teacher, unit_rows(14, 23, 6), batch, settings())
+    got = one_step(student, teacher, unit_rows(14, 23, 6), batch, settings())
     embedding = teacher.adaptor.head(teacher.backbone(batch.teacher).mean((2, 3)))
     expected = embedding / embedding.norm(dim=1, keepdim=True)
     torch.testing.assert_close(got.keys, expected, rtol=1e-10, atol=1e-12)
@@ -78,13 +78,13 @@ class Imitator(nn.Module):
         super().__init__()
         self.teacher = teacher
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.teacher(x)
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.teacher(x),)
 
 
 def test_a_student_that_is_its_teacher_stands_at_the_floor() -> None:
     teacher, negatives = small_teacher(), unit_rows(14, 23, 6)
-    got = distill_step(Imitator(teacher), teacher, negatives, views(shared=True), settings())
+    got = one_step(Imitator(teacher), teacher, negatives, views(shared=True), settings())
     t = got.teacher.flatten(0, 1)
     # the positive's cosine is 1: softplus of the queue's log-sum-exp minus 1 / tau
     floor = (1 + (t @ negatives.T / 0.2).exp().sum(1) / np.exp(1 / 0.2)).log().mean()
@@ -95,35 +95,41 @@ def test_other_colours_of_the_teachers_view_reach_the_teacher_alone() -> None:
     student, teacher, negatives = small_student(), small_teacher(), unit_rows(14, 23, 6)
     one = views(shared=True)
     other = ViewBatch(one.student, 255 - one.student, one.student_box, one.student_box)
-    a, b = (distill_step(student, teacher, negatives, batch, settings()) for batch in (one, other))
+    a, b = (one_step(student, teacher, negatives, batch, settings()) for batch in (one, other))
     assert torch.equal(a.student, b.student)
     assert not torch.allclose(a.keys, b.keys)
 
 
 def test_only_the_student_gets_a_gradient() -> None:
     student, teacher, negatives = small_student(), small_teacher(), unit_rows(14, 23, 6)
-    got = distill_step(student, teacher, negatives, views(), settings())
+    got = one_step(student, teacher, negatives, views(), settings())
     got.loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in student.head.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in student.heads[0].parameters())
     assert all(p.grad is None for p in teacher.parameters())
     assert not any(rows.requires_grad for rows in (got.keys, got.student, got.teacher))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("pairing", KINDS)
 def test_accumulated_parts_have_the_gradient_of_the_whole_batch(
-    parts: int, implementation: str
+    pairing: str, parts: int, implementation: str
 ) -> None:
     teacher, negatives = small_teacher(), unit_rows(14, 23, 6)
-    how = settings("cross_view_index", implementation=implementation)
     whole, split = small_student(), small_student()
-    distill_step(whole, teacher, negatives, views(), how).loss.backward()
-    results = [distill_step(split, teacher, negatives, part, how) for part in views().split(parts)]
+    grid = tuple(whole(views().student)[0].shape[2:])
+    how = settings(pairing, implementation=implementation, grid=grid)
+    one_step(whole, teacher, negatives, views(), how).loss.backward()
+    num_pairs = pairs_per_part(views(), how, parts=parts)
+    results = [
+        one_step(split, teacher, negatives, part, how, num_pairs=num_pairs)
+        for part in views().split(parts)
+    ]
     for result in results:
         (result.loss / parts).backward()
     for p, q in zip(whole.parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
-    keys = distill_step(whole, teacher, negatives, views(), how).keys
+    keys = one_step(whole, teacher, negatives, views(), how).keys
     torch.testing.assert_close(torch.cat([result.keys for result in results]), keys)
 
 
@@ -141,8 +147,8 @@ def test_split_cuts_every_part_of_a_batch_in_order() -> None:
 def test_under_autocast_loss_and_keys_are_float32_and_close_to_it() -> None:
     student, teacher = small_student().float(), small_teacher().float()
     negatives, batch = unit_rows(14, 23, 6, torch.float32), views(shared=True)
-    exact = distill_step(student, teacher, negatives, batch, settings())
-    got = distill_step(student, teacher, negatives, batch, settings(autocast=torch.bfloat16))
+    exact = one_step(student, teacher, negatives, batch, settings())
+    got = one_step(student, teacher, negatives, batch, settings(autocast=torch.bfloat16))
     for rows in (got.loss, got.keys, got.student, got.teacher):
         assert rows.dtype == torch.float32
     assert not torch.equal(got.student, exact.student)  # it did compute in bfloat16
@@ -152,7 +158,7 @@ def test_under_autocast_loss_and_keys_are_float32_and_close_to_it() -> None:
     assert (got.keys * exact.keys).sum(dim=1).min() > 0.999
     assert got.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
     got.loss.backward()
-    assert all(p.grad.dtype == torch.float32 for p in student.head.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in student.heads[0].parameters())
 
 
 def test_crops_that_share_nothing_teach_nothing() -> None:
@@ -160,7 +166,7 @@ def test_crops_that_share_nothing_teach_nothing() -> None:
     far = torch.tensor([[500.0, 500, 30, 30, 0]]).expand(4, 5)
     one = views()
     batch = ViewBatch(one.student, one.teacher, one.student_box, far)
-    got = distill_step(student, teacher, negatives, batch, settings("cross_view_geometric"))
+    got = one_step(student, teacher, negatives, batch, settings("cross_view_geometric"))
     got.loss.backward()
     assert got.loss == 0
     assert not any(p.grad.any() for p in student.parameters())

@@ -1,11 +1,10 @@
-import pytest
 import torch
 from networks import small_backbone, small_teacher
-from tiny import images, unit_rows
+from tiny import images
 from torch import nn
 
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.teacher import FrozenTeacher, resize_map
+from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.weights import tensors_sha256
 
 
@@ -45,20 +44,6 @@ def test_without_a_head_it_gives_the_backbones_map() -> None:
     assert torch.equal(teacher(batch), backbone(batch))
     assert teacher.width(10) == 10
     assert small_teacher(width=6).width(10) == 6
-
-
-@pytest.mark.parametrize(("fine", "coarse"), [((8, 8), (4, 4)), ((6, 9), (2, 3)), ((4, 6), (1, 1))])
-def test_a_coarser_map_keeps_the_mean(fine: tuple[int, int], coarse: tuple[int, int]) -> None:
-    maps = unit_rows(0, 2 * 5, fine[0] * fine[1]).view(2, 5, *fine)
-    small = resize_map(maps, coarse)
-    torch.testing.assert_close(small.mean((2, 3)), maps.mean((2, 3)), rtol=1e-14, atol=1e-14)
-    down, across = fine[0] // coarse[0], fine[1] // coarse[1]
-    torch.testing.assert_close(small[:, :, 0, 0], maps[:, :, :down, :across].mean((2, 3)))
-
-
-def test_a_map_of_the_right_grid_is_itself() -> None:
-    maps = unit_rows(0, 6, 12).view(2, 3, 3, 4)
-    assert resize_map(maps, (3, 4)) is maps
 
 
 def test_it_compiles_whole() -> None:

@@ -1,9 +1,14 @@
+import argparse
 import contextlib
+import functools
 import io
 import json
+import os
 import pickle
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -15,13 +20,13 @@ from pcd_ray.config import TeacherConfig
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build import load_teacher
 from pcd_ray.distill.heads import MlpShape, linear_widths
+from pcd_ray.distill.teacher_parts import take_apart
 from pcd_ray.distill.weights import (
     METADATA_KEY,
     WeightsFile,
     load_backbone,
     read_weights,
     save_teacher,
-    take_apart,
     tensors_sha256,
 )
 from pcd_ray.errors import WeightsError
@@ -38,12 +43,12 @@ def in_memory(tensors: dict[str, Tensor]) -> WeightsFile:
 def test_a_published_mocov3_file_is_read_whole(
     mocov3_file: Path, mocov3_tensors: dict[str, Tensor]
 ) -> None:
-    loaded = load_teacher(TeacherConfig(arch="mocov3_resnet50", weights=str(mocov3_file)))
+    loaded = load_teacher(TeacherConfig(weights=str(mocov3_file)))
     assert loaded.head is not None
     assert linear_widths(loaded.head) == [(2048, 4096), (4096, 256)]
     assert loaded.predictor == MlpShape((4096, 256), final_norm=False)
     assert (loaded.identity.licence, loaded.identity.head) == ("CC-BY-NC-4.0", "published")
-    assert loaded.identity.source == "r-50-1000ep.pth.tar"
+    assert (loaded.identity.arch, loaded.identity.source) == ("resnet50", "r-50-1000ep.pth.tar")
 
     prefix = "module.momentum_encoder."
     momentum = {
@@ -74,7 +79,7 @@ def imagenet(index: int) -> Tensor:
 
 def test_nothing_of_a_mocov3_file_is_left_over(mocov3_tensors: dict[str, Tensor]) -> None:
     parts = take_apart(in_memory(mocov3_tensors))
-    assert parts.layout == "mocov3"
+    assert parts.layout == "MoCo v3"
     assert parts.head is not None
     used = len(parts.backbone) + len(parts.head.state_dict())
     unused = [k for k in mocov3_tensors if k.startswith(tuple(parts.unused))]
@@ -87,7 +92,7 @@ def test_nothing_of_a_mocov3_file_is_left_over(mocov3_tensors: dict[str, Tensor]
     [
         ("module.momentum_encoder.fc.5.scale", "head layer 5 with .* is no Linear"),
         ("module.momentum_encoder.fc.3.extra", r'Unexpected key\(s\) in state_dict: "3.extra"'),
-        ("module.queue", "1 keys belong to no part of MoCo v3: module.queue"),
+        ("module.queue", "1 keys belong to no part of MoCo v3: queue;"),
         ("queue_ptr", "1 keys belong to no part of MoCo v3: queue_ptr"),
     ],
 )
@@ -100,21 +105,8 @@ def test_a_key_that_mocov3_does_not_have_is_refused(
 
 def test_an_encoder_without_its_head_is_refused(mocov3_tensors: dict[str, Tensor]) -> None:
     bare = {k: v for k, v in mocov3_tensors.items() if ".fc." not in k}
-    with pytest.raises(WeightsError, match=r"no head \(fc\.\*\).*give the ResNet-50 file"):
+    with pytest.raises(WeightsError, match=r"backbone but no head .*give .*r-50-1000ep\.pth\.tar"):
         take_apart(in_memory(bare))
-
-
-def test_mocov3_given_as_a_bare_backbone_and_the_reverse_are_told_apart(
-    mocov3_file: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(
-        WeightsError, match=r"as MoCo v3 publishes .*; set teacher.arch=mocov3_resn"
-    ):
-        load_teacher(TeacherConfig(arch="resnet50", weights=str(mocov3_file)))
-    bare = tmp_path / "bare.safetensors"
-    safetensors.torch.save_file({"conv1.weight": torch.ones(64, 3, 7, 7)}, bare)
-    with pytest.raises(WeightsError, match=r"of a bare backbone.*; set teacher.arch=resnet50"):
-        load_teacher(TeacherConfig(arch="mocov3_resnet50", weights=str(bare)))
 
 
 # timm's own names
@@ -196,7 +188,7 @@ def test_a_teacher_of_our_own_comes_back_with_head_activation_and_normalisation(
         torch.testing.assert_close(loaded.backbone(batch), expected, rtol=1e-5, atol=1e-5)
         pooled = expected.mean((2, 3))
         assert torch.equal(loaded.head(pooled), head(pooled))
-    with pytest.raises(WeightsError, match=r"holds a test_resnet; set teacher.arch=test_resnet"):
+    with pytest.raises(WeightsError, match=r"holds a test_resnet, but teacher\.arch=resnet18"):
         load_teacher(TeacherConfig(arch="resnet18", weights=uri))
 
 
@@ -238,6 +230,83 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(
     assert target.exists()  # the attack is a real one
 
 
+CALLED: list[object] = []
+
+
+def exclude_bias_and_norm(*arguments: object) -> None:
+    """Leave a trace of having been called."""
+    CALLED.append(arguments)
+
+
+class Calls:
+    """Unpickled, it calls the function of ``__main__`` that published optimisers only name."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exclude_bias_and_norm, ("argument",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_old_checkpoints_hold_besides_tensors_is_left_out_and_never_called(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exclude_bias_and_norm, "__module__", "__main__")
+    script = sys.modules["__main__"]
+    monkeypatch.setattr(script, "exclude_bias_and_norm", exclude_bias_and_norm, raising=False)
+    CALLED.clear()
+    numbers = [np.float64(0.5), np.float32(1), np.int64(3), np.bool_(1), np.arange(4.0)]
+    content = {
+        "state_dict": {"conv.weight": torch.ones(2)},
+        "args": argparse.Namespace(lr=np.float64(0.1), nested=argparse.Namespace(out=Path("a"))),
+        "best_acc1": numbers,
+        "optimizer": {"param_groups": [{"weight_decay_filter": exclude_bias_and_norm}]},
+        "attack": Calls(),
+    }
+    path = tmp_path / "old.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    allowed = set(torch.serialization.get_safe_globals())
+    file = read_weights(str(path))
+    assert torch.equal(file.tensors["conv.weight"], torch.ones(2))
+    assert file.beside == ("args", "best_acc1", "optimizer", "attack")
+    assert CALLED == []
+    assert set(torch.serialization.get_safe_globals()) == allowed  # allowed for one reading alone
+    torch.load(path, weights_only=False)
+    assert CALLED == [("argument",)]  # the call is a real one
+
+
+def test_numpys_name_of_before_its_second_version_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    content = {"state_dict": WEIGHTS, "acc": np.float64(0.5), "array": np.arange(3)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert b"numpy._core.multiarray" in data
+    path.write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert read_weights(str(path)).beside == ("acc", "array")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_no_weights_need_is_named_and_refused(zipped: bool, tmp_path: Path) -> None:
+    class Runs:
+        def __init__(self, function: object, *arguments: object) -> None:
+            self.call = (function, arguments)
+
+        def __reduce__(self) -> object:
+            return self.call
+
+    path = tmp_path / "attack.pth"
+    for function, name in (
+        (os.system, "posix.system"),
+        (eval, "eval"),
+        (getattr, "getattr"),
+        (argparse.ArgumentParser, "argparse.ArgumentParser"),
+        (np.load, "numpy.load"),
+        (functools.partial, "functools.partial"),
+    ):
+        content = {"state_dict": WEIGHTS, "args": argparse.Namespace(x=Runs(function, "0"))}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(WeightsError, match=rf"names {name}, which no weights need"):
+            read_weights(str(path))
+
+
 def saved(content: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -258,6 +327,8 @@ NO_WEIGHTS = {
     "tensor": (saved(torch.ones(3)), "holds a Tensor, not a state dict"),
     "list": (saved([torch.ones(3)]), "holds a list, not a state dict"),
     "numbers": (saved({"epoch": 3, "lr": 0.1}), "no tensors: epoch, lr"),
+    "arguments": (saved({"args": argparse.Namespace(lr=1)}), "no tensors: args"),
+    "arguments among weights": (saved({"a": torch.ones(1), "b": np.float64(1)}), "no tensors: b"),
     "mixed": (saved({"state_dict": {"a": torch.ones(1), "b": 3}}), "no tensors: b"),
     "no tensors": (saved({"state_dict": {}}), "not a state dict"),
     "no tensors, safely": (safetensors.torch.save({}), "holds no tensors"),

@@ -18,7 +18,7 @@ HISTORY = [
     {
         "step": step,
         "train/loss": 9 - 0.1 * step,
-        "train/loss_above_floor": 3 - 0.1 * step,
+        "train/loss_floor": 6.0,
         "eval/knn_top1_pct": 20.0 + step,
     }
     for step in range(12)
@@ -55,6 +55,16 @@ def test_only_logged_metrics_get_a_panel() -> None:
     bare = [{"step": line["step"], "train/loss": line["train/loss"]} for line in HISTORY]
     one, two = _pixels(loss_curve(bare)), _pixels(loss_curve(HISTORY))
     assert one.shape[1] < two.shape[1]
+
+
+def test_the_floor_is_drawn_as_it_was_logged_whatever_one_step_stood_above_it() -> None:
+    gaps = [{**line, "train/loss_above_floor": 0.3 * line["step"]} for line in HISTORY]
+    assert loss_curve(gaps) == loss_curve(HISTORY)
+    assert loss_curve([{**line, "train/loss_floor": 5.0} for line in HISTORY]) != loss_curve(
+        HISTORY
+    )
+    bare = [{k: v for k, v in line.items() if k != "train/loss_floor"} for line in HISTORY]
+    assert loss_curve(bare) != loss_curve(HISTORY)
 
 
 def test_references_are_drawn_into_the_knn_panel() -> None:

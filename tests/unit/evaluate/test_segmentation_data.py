@@ -23,6 +23,16 @@ def test_every_pixel_and_label_arrives_in_the_order_of_the_list(tmp_path: Path) 
     assert images.dtype == masks.dtype == torch.uint8
 
 
+def test_names_may_have_a_question_mark(tmp_path: Path) -> None:
+    folder = painted_set(tmp_path / "parts?", train=1, val=1)
+    for kind in ("images", "masks"):
+        (tmp_path / "parts?" / kind / "val_00.png").rename(tmp_path / "parts?" / kind / "a?.png")
+    (tmp_path / "parts?" / "val.txt").write_text("a?\n")
+    data = open_segmentation(folder)
+    assert data.names("val") == ("a?",)
+    np.testing.assert_array_equal(data.example("a?")[1], random_mask(1))
+
+
 def test_resizing_keeps_the_shape_of_images_and_leaves_masks_whole(tmp_path: Path) -> None:
     data = open_segmentation(painted_set(tmp_path), size_px=8)
     images, masks = next(data.batches("val", batch_size=3))

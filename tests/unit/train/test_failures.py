@@ -1,6 +1,9 @@
 """How a run's end is explained when its workers fail."""
 
 import json
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from stored_run import store_run
 
 from pcd_ray.checkpoint import latest_checkpoint
 from pcd_ray.errors import ShardError, TrainingError
-from pcd_ray.train.ray_launch import _raise_failure
+from pcd_ray.train.ray_launch import _raise_failure, _stopped_by_ctrl_c
 from pcd_ray.train.ray_worker import FAILURE_FILE
 
 
@@ -30,3 +33,32 @@ def test_a_workers_own_words_are_passed_on_as_its_kind_of_error(tmp_path: Path) 
     )
     with pytest.raises(ShardError, match=r"cat\.jpg is damaged; pack again"):
         _raise_failure(folder, None, None)  # type: ignore[arg-type]
+
+
+def test_ctrl_c_is_an_interrupt_whatever_ray_makes_of_it_and_ours_again_afterwards() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted() -> None:
+        with _stopped_by_ctrl_c():
+            signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train does
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
+    with _stopped_by_ctrl_c():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_thread_that_trains_has_no_say_in_signals() -> None:
+    seen = []
+
+    def body() -> None:
+        with _stopped_by_ctrl_c():
+            seen.append("ran")
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == ["ran"]

@@ -13,18 +13,17 @@ from loop_parts import (
     loop_settings,
     new_state,
     plan_of,
-    small_teacher,
     steps_of,
 )
 from torch import Tensor, nn
 
+from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import load_checkpoint, save_checkpoint, to_host
 from pcd_ray.config import Config
 from pcd_ray.data.plan import SeenAudit
 from pcd_ray.distill.diagnostics import diagnose
 from pcd_ray.distill.step import distill_step
 from pcd_ray.errors import TrainingError
-from pcd_ray.train import metrics as names
 from pcd_ray.train.loop import TrainState, train_steps, unwrapped, views_of
 from pcd_ray.train.optim import Schedule
 
@@ -74,9 +73,9 @@ def test_two_parts_of_a_batch_train_as_the_whole() -> None:
     for name, value in whole.student.state_dict().items():
         # float64: sums in another order, six steps
         torch.testing.assert_close(parts.student.state_dict()[name], value, rtol=1e-10, atol=1e-13)
-    assert not torch.equal(whole.student.head[0].weight, fresh.student.head[0].weight)
-    torch.testing.assert_close(parts.queue.negatives, whole.queue.negatives)
-    assert parts.queue.num_pushed == whole.queue.num_pushed == 48
+    assert not torch.equal(whole.student.heads[0][0].weight, fresh.student.heads[0][0].weight)
+    torch.testing.assert_close(parts.branches[0].queue.negatives, whole.branches[0].queue.negatives)
+    assert parts.branches[0].queue.num_pushed == whole.branches[0].queue.num_pushed == 48
     assert parts.audit.state() == whole.audit.state()
 
 
@@ -85,7 +84,7 @@ def test_two_parts_of_a_batch_train_as_the_whole() -> None:
 def test_going_on_from_a_checkpoint_is_never_having_stopped(
     optimizer: str, stop: int, tmp_path: Path
 ) -> None:
-    parts = {"batchnorm": True, "dropout": 0.3, "optimizer": optimizer}
+    parts = {"batchnorm": True, "dropout": 0.3, "optimizer": optimizer, "ema": 0.9}
     straight = run_all(new_state(**parts), 8)
     settings = loop_settings(steps=8)
     first = new_state(**parts)
@@ -99,6 +98,52 @@ def test_going_on_from_a_checkpoint_is_never_having_stopped(
     for _ in steps_of(second, settings, stop=8):
         pass
     assert different(second, straight) == []
+
+
+def copy_of(student: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in student.state_dict().items()}
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.99])
+def test_the_moving_average_is_its_written_recursion(decay: float) -> None:
+    state = new_state(batchnorm=True, dtype=torch.float64, ema=decay)
+    expected = copy_of(unwrapped(state.student))
+    for done in steps_of(state, loop_settings(steps=7), stop=7):
+        d = min(decay, 1 - done.step ** (-2 / 3))
+        for name, value in copy_of(unwrapped(state.student)).items():
+            if value.is_floating_point():
+                expected[name] = d * expected[name] + (1 - d) * value
+            else:  # how many batches a norm has seen
+                expected[name] = value
+        found = copy_of(state.judged)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            # float64: the same sum in another order
+            torch.testing.assert_close(found[name], value, rtol=1e-13, atol=1e-15)
+    assert not torch.equal(found["heads.0.0.weight"], unwrapped(state.student).heads[0][0].weight)
+    assert "backbone.body.norm.running_var" in found
+    assert not any(p.requires_grad for p in state.judged.parameters())
+    assert not state.judged.training
+
+
+def test_a_moving_average_changes_nothing_in_the_run_that_it_follows() -> None:
+    without = run_all(new_state(batchnorm=True, dropout=0.3), 5)
+    beside = run_all(new_state(batchnorm=True, dropout=0.3, ema=0.9), 5)
+    assert without.judged is unwrapped(without.student)
+    assert "average" not in without.state_dict()
+    beside.average = None
+    assert different(without, beside) == []
+
+
+def test_a_moving_average_that_is_new_starts_at_the_stored_student_and_an_old_one_can_go() -> None:
+    stored = to_host(run_all(new_state(batchnorm=True), 4).state_dict())
+    state = new_state(batchnorm=True, ema=0.9)
+    state.load_state_dict(stored)
+    for name, value in stored["student"].items():
+        assert torch.equal(state.judged.state_dict()[name], value)
+    without = new_state(batchnorm=True)
+    without.load_state_dict(to_host(state.state_dict()))
+    assert "average" not in without.state_dict()
 
 
 def test_each_step_and_each_seed_draws_its_own_random_numbers() -> None:
@@ -120,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(parts: int) -> N
     next(steps)
     for _ in steps_of(expected, settings, stop=2):
         pass
-    unwrapped(state.student).head.register_forward_hook(lambda _m, _i, output: output / 0)
+    unwrapped(state.student).heads[0].register_forward_hook(lambda _m, _i, output: output / 0)
     rate = settings.schedule.learning_rate(2)
     with pytest.raises(TrainingError, match=rf"step 2 with learning rate {rate:.4g}; .*base_lr"):
         next(steps)
@@ -132,9 +177,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(parts: int) -> N
 def test_weights_that_are_not_finite_are_not_stored() -> None:
     state = run_all(new_state(), 2)
     with torch.no_grad():
-        unwrapped(state.student).head[0].weight[1, 2] = math.inf
+        unwrapped(state.student).heads[0][0].weight[1, 2] = math.inf
     with pytest.raises(
-        TrainingError, match=r"head\.0\.weight is not finite after step 2; .*stored"
+        TrainingError, match=r"heads\.0\.0\.weight is not finite after step 2; .*stored"
     ):
         state.state_dict()
 
@@ -219,18 +264,16 @@ def test_what_is_logged_is_what_direct_computation_gives() -> None:
     losses = []
     for step, host in enumerate(host_batches(settings, 0, 4)):
         twin.optimizer.zero_grad()
-        result = distill_step(
-            twin.student, small_teacher(), twin.queue.negatives, views_of(host, CPU), DISTILL
-        )
+        (result,) = distill_step(twin.student, twin.branches, views_of(host, CPU))
         losses.append(result.loss.item())
         if step == 3:
-            expected = diagnose(result, twin.queue.negatives, DISTILL)
+            expected = diagnose(result, twin.branches[0].queue.negatives, DISTILL)
             result.loss.backward()
             gradients = [p.grad.norm() for p in twin.student.parameters() if p.grad is not None]
         else:
-            next(train_steps(twin, small_teacher(), [host], DISTILL, settings))
+            next(train_steps(twin, [host], settings))
     assert last.metrics is not None
-    logged = {name: last.metrics.pop(f"train/{name}") for name in expected}
+    logged = {name: last.metrics.pop(name) for name in expected}
     assert logged == pytest.approx({name: value.item() for name, value in expected.items()})
     assert last.metrics[names.LOSS] == pytest.approx(np.mean(losses[2:]))  # since the last line
     assert last.metrics[names.GRAD_NORM] == pytest.approx(torch.stack(gradients).norm().item())
@@ -264,7 +307,7 @@ def test_time_goes_to_waiting_or_computing_and_none_to_what_happens_between_step
 
     state = new_state()
     state.student.register_forward_hook(compute_1_s)
-    for done in train_steps(state, small_teacher(), slow_batches(), DISTILL, settings):
+    for done in train_steps(state, slow_batches(), settings):
         now[0] += 100  # a checkpoint, an evaluation
         if done.metrics is not None:
             assert done.metrics[names.STEP_S] == 4

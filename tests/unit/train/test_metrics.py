@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pcd_ray.train import metrics as names
+from pcd_ray import metric_names as names
+from pcd_ray.train.metrics import mean_over_ranks, warnings_of
 
 GOOD = {names.QUEUE_FILL: 100.0, names.STUDENT_SPREAD: 0.06, names.TEACHER_SPREAD: 0.06}
 
@@ -17,11 +18,11 @@ GOOD = {names.QUEUE_FILL: 100.0, names.STUDENT_SPREAD: 0.06, names.TEACHER_SPREA
 def test_a_warning_says_what_is_wrong_and_nothing_else_does(
     name: str, value: float, text: str
 ) -> None:
-    assert names.warnings_of(GOOD) == []
-    (warning,) = names.warnings_of(GOOD | {name: value})
+    assert warnings_of(GOOD) == []
+    (warning,) = warnings_of(GOOD | {name: value})
     assert warning.startswith(text)
 
 
 def test_alone_the_mean_over_ranks_is_the_value() -> None:
     values = {"a": torch.tensor(1.5, dtype=torch.float64), "b": torch.tensor(2)}
-    assert names.mean_over_ranks(values) == {"a": 1.5, "b": 2.0}
+    assert mean_over_ranks(values) == {"a": 1.5, "b": 2.0}

@@ -1,0 +1,175 @@
+"""Which network a state dict belongs to, told by its names and shapes alone.
+
+Known are torchvision's ResNets (timm's have the same names) and plain vision transformers under
+timm's names, which MoCo v3, DINO and DINOv2 use too; mmpretrain's are renamed first.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pcd_ray.distill.weights import listed
+
+_RESNETS = {  # bottleneck blocks or not, blocks per stage
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+_RESNET_KEY = re.compile(
+    r"(conv1|bn1|layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])|fc)"
+    r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+)
+_STEM_CHANNELS = 64
+_STEM_PX = 7
+_VIT_SIZES = {  # width, depth
+    (192, 12): "tiny",
+    (384, 12): "small",
+    (768, 12): "base",
+    (1024, 24): "large",
+    (1280, 32): "huge",
+}
+_VIT_PATCHES_PX = {  # those that timm has under the plain names
+    "tiny": (16,),
+    "small": (8, 16, 32),
+    "base": (8, 16, 32),
+    "large": (14, 16, 32),
+    "huge": (14,),
+}
+_DINOV2_PATCH_PX = 14
+_DINOV2_REGISTERS = 4
+_VIT_KEY = re.compile(
+    r"(cls_token|reg_token|pos_embed|patch_embed\.proj\.(weight|bias)"
+    r"|blocks\.(\d+)\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
+    r"|norm\.(weight|bias)|head\.(weight|bias))"
+)
+_MMPRETRAIN_VIT = (  # its name, timm's
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^ln1\.", "norm."),
+    (r"^layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"^layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A timm model: its name and what ``timm.create_model`` needs besides."""
+
+    timm_name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the name, with the arguments behind it."""
+        extra = ", ".join(f"{name}={value}" for name, value in self.kwargs.items())
+        return f"{self.timm_name} ({extra})" if extra else self.timm_name
+
+
+def network_of(state: Mapping[str, Tensor], *, mocov3: bool = False) -> Network | str:
+    """Return the network that a backbone's weights belong to, or why that is not known.
+
+    Args:
+        state: the backbone's weights under torchvision's or timm's names.
+        mocov3: its small vision transformer has twice as many attention heads as others of its
+            width, which no shape tells.
+    """
+    ndims = {key: value.ndim for key, value in state.items()}
+    if ndims.get("conv1.weight") == ndims.get("layer1.0.conv2.weight") == 4:
+        return _resnet(state)
+    if (ndims.get("patch_embed.proj.weight"), ndims.get("pos_embed")) == (4, 3):
+        return _vision_transformer(state, mocov3=mocov3)
+    groups = listed(sorted({key.partition(".")[0] for key in state}))
+    return f"its names ({groups}) are of no ResNet or vision transformer that tells its size"
+
+
+def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a backbone's weights under timm's names, wherever mmpretrain names them otherwise."""
+    if "patch_embed.projection.weight" not in state:
+        return dict(state)
+    return {_renamed(key): value for key, value in state.items()}
+
+
+def has_classifier(state: Mapping[str, Tensor]) -> bool:
+    """Say whether bare weights end in a classifier of a ResNet or vision transformer."""
+    return any(key in state and state[key].ndim == 2 for key in ("fc.weight", "head.weight"))
+
+
+def _renamed(key: str) -> str:
+    for pattern, name in _MMPRETRAIN_VIT:
+        key, count = re.subn(pattern, name, key)
+        if count:
+            return key
+    return key
+
+
+def _resnet(state: Mapping[str, Tensor]) -> Network | str:
+    strange = [key for key in state if not _RESNET_KEY.fullmatch(key)]
+    if strange:
+        return f"a ResNet with layers of its own ({strange[0]})"
+    stem = tuple(state["conv1.weight"].shape)
+    if stem[2:] != (_STEM_PX, _STEM_PX):
+        return f"a ResNet whose first convolution is {stem[2]} x {stem[3]} and not 7 x 7"
+    bottleneck = "layer1.0.conv3.weight" in state
+    block = tuple(state["layer1.0.conv2.weight"].shape)
+    if stem[0] != _STEM_CHANNELS or block[:2] != (_STEM_CHANNELS, _STEM_CHANNELS):
+        return (
+            f"a wide or grouped ResNet (first convolution of {stem[0]} channels, first block of "
+            f"{block[0]} channels, {block[1]} per group; both are 64 in plain ones)"
+        )
+    found = [_RESNET_KEY.fullmatch(key) for key in state]
+    blocks = {(match[2], match[3]) for match in found if match and match[2]}
+    depths = tuple(sum(stage == wanted for stage, _ in blocks) for wanted in "1234")
+    name = _RESNETS.get((bottleneck, depths))
+    if name is None:
+        kind = "bottleneck" if bottleneck else "basic"
+        return f"a ResNet of {depths} {kind} blocks, which is none of ResNet-18, 34, 50, 101, 152"
+    return Network(name)
+
+
+def _vision_transformer(state: Mapping[str, Tensor], *, mocov3: bool) -> Network | str:
+    strange = [key for key in state if not _VIT_KEY.fullmatch(key)]
+    if strange or "cls_token" not in state:
+        which = strange[0] if strange else "no class token"
+        return f"a vision transformer with layers of its own ({which})"
+    width, _, patch_px, _ = state["patch_embed.proj.weight"].shape
+    found = [_VIT_KEY.fullmatch(key) for key in state]
+    depth = len({match[3] for match in found if match and match[3]})
+    size = _VIT_SIZES.get((width, depth))
+    if size is None:
+        return f"a vision transformer of width {width} and depth {depth}, which has no common name"
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    positions = state["pos_embed"].shape[1] - (0 if registers else 1)
+    name = _vit_name(size, patch_px, registers, dinov2="blocks.0.ls1.gamma" in state)
+    if name is None or math.isqrt(positions) ** 2 != positions:
+        return (
+            f"a {size} vision transformer of {patch_px} px patches, {registers} registers and "
+            f"{positions} positions, which is no common one"
+        )
+    if size == "small" and not mocov3 and not state["pos_embed"][0, 0].any():
+        return (
+            "a small vision transformer with fixed positions, of which no shape tells whether it "
+            "has 6 attention heads or, as MoCo v3's, 12 (teacher.kwargs={num_heads: 12})"
+        )
+    kwargs: dict[str, Any] = {
+        "img_size": math.isqrt(positions) * patch_px,
+        "dynamic_img_size": True,
+    }
+    if mocov3 and size == "small":
+        kwargs["num_heads"] = 12
+    return Network(name, kwargs)
+
+
+def _vit_name(size: str, patch_px: int, registers: int, *, dinov2: bool) -> str | None:
+    if not dinov2:
+        plain = not registers and patch_px in _VIT_PATCHES_PX[size]
+        return f"vit_{size}_patch{patch_px}_224" if plain else None
+    if patch_px != _DINOV2_PATCH_PX or registers not in (0, _DINOV2_REGISTERS):
+        return None
+    known = size in ("small", "base", "large")
+    return f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2" if known else None

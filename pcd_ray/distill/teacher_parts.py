@@ -1,0 +1,223 @@
+"""A weights file taken apart into backbone and head, every key used or named with its reason."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from pcd_ray.distill.heads import MlpShape, head_from_state, shape_of
+from pcd_ray.distill.networks import Network, has_classifier, network_of, timm_names
+from pcd_ray.distill.releases import Layout, layout_of
+from pcd_ray.distill.weights import METADATA_KEY, WeightsFile, listed
+from pcd_ray.errors import WeightsError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Input normalisation of every published layout."""
+_PARALLEL = "module."  # DistributedDataParallel puts it before every name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherParts:
+    """A weights file taken apart."""
+
+    layout: str
+    """A name of `LAYOUTS`, ``pcd_ray`` (our own) or ``timm`` (a bare backbone)."""
+    network: Network | str
+    """The network, or why it is not known and ``teacher.arch`` has to say it."""
+    backbone: dict[str, Tensor]
+    """Weights under timm's names."""
+    head: nn.Sequential | None = None
+    """The projection head for vectors; None: the file holds none."""
+    predictor: MlpShape | None = None
+    """Shape of the predictor behind it, which the student mirrors."""
+    unused: dict[str, str] = field(default_factory=dict)
+    """Groups of keys that are knowingly left out, and why."""
+    licence: str = ""
+    """Licence of the weights; empty: nothing says."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    """Input normalisation in [0, 1]; None: what timm says of the network."""
+
+
+def take_apart(file: WeightsFile) -> TeacherParts:
+    """Recognise a file's layout by its keys and split it into backbone and head.
+
+    Raises:
+        WeightsError: keys that belong to no part, a head that should be there and is not.
+    """
+    if METADATA_KEY in file.metadata:
+        return _take_own_apart(file)
+    wrapped = any(key.startswith(_PARALLEL) for key in file.tensors)
+    prefix = _PARALLEL if wrapped else ""
+    tensors = {key.removeprefix(prefix): value for key, value in file.tensors.items()}
+    layout = layout_of(tensors, parallel=wrapped)
+    beside = dict.fromkeys(file.beside, "stands beside the weights")
+    if layout is None:
+        return _bare(file, tensors, beside)
+    groups = _grouped(layout, tensors, uri=file.uri)
+    head = _head(layout, groups, uri=file.uri)
+    backbone = timm_names(groups[layout.backbone])
+    unused = dict(layout.unused)
+    if layout.predictor:
+        unused[layout.predictor] = "only its shape is used: the student mirrors it"
+    return TeacherParts(
+        layout=layout.name,
+        network=network_of(backbone, mocov3=layout.mocov3_vit),
+        backbone=backbone,
+        head=head,
+        predictor=_predictor(layout, groups, head),
+        unused={f"{prefix}{g}": unused[g] for g in groups if g in unused} | beside,
+        licence=layout.licence,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+
+
+def headless_words(parts: TeacherParts) -> str:
+    """Say which file holds the head that this one lacks."""
+    if parts.layout == "pcd_ray":
+        return "use teacher.head=pca, contrastive or none"
+    if has_classifier(parts.backbone):
+        return (
+            "it ends in a classifier, as supervised networks and linear evaluations do; give the "
+            "file of the pre-training itself (MoCo: not the linear-* file), or teacher.head=pca"
+        )
+    if "layer4.0.conv1.weight" in parts.backbone:
+        return (
+            "it is the backbone alone, as Barlow Twins, VICReg and DINO publish it beside their "
+            "full checkpoint; give that one (Barlow Twins: checkpoint.pth, VICReg: "
+            "resnet50_fullckpt.pth, DINO: dino_resnet50_pretrain_full_checkpoint.pth), or "
+            "teacher.head=pca"
+        )
+    if "blocks.0.norm1.weight" in parts.backbone:
+        return (
+            "it is the backbone alone; of DINO give the *_full_checkpoint.pth; DINOv2, DINOv3, MAE "
+            "and CLIP have no published head: use teacher.head=pca, contrastive or none"
+        )
+    return "use teacher.head=pca, contrastive or none"
+
+
+def _grouped(
+    layout: Layout, tensors: Mapping[str, Tensor], *, uri: str
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors by the longest prefix of the layout that each key has."""
+    named = {*layout.head, *layout.unused, layout.predictor} - {""}
+    prefixes = [*sorted(named, key=len, reverse=True), layout.backbone]
+    groups: dict[str, dict[str, Tensor]] = {layout.backbone: {}}
+    strange = []
+    for key, value in tensors.items():
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        if prefix is None:
+            strange.append(key)
+        else:
+            groups.setdefault(prefix, {})[key.removeprefix(prefix)] = value
+    if strange:
+        raise WeightsError(
+            f"{uri}: {len(strange)} keys belong to no part of {layout.name}: {listed(strange)}; "
+            "give the file as published"
+        )
+    return groups
+
+
+def _head(
+    layout: Layout, groups: Mapping[str, dict[str, Tensor]], *, uri: str
+) -> nn.Sequential | None:
+    if not layout.head:
+        return None
+    state = next((groups[prefix] for prefix in layout.head if prefix in groups), None)
+    if state is None:
+        raise WeightsError(
+            f"{uri} holds {layout.name}'s backbone but no head ({'* or '.join(layout.head)}*); "
+            f"{layout.full_file}"
+        )
+    return _mlp(layout, state)
+
+
+def _predictor(
+    layout: Layout, groups: Mapping[str, dict[str, Tensor]], head: nn.Sequential | None
+) -> MlpShape | None:
+    if layout.predictor not in groups or not layout.predictor:
+        return None
+    built = _mlp(layout, groups[layout.predictor])
+    if layout.predictor_behind_head:
+        built = built[len(head or ()) :]
+    return shape_of(built) if len(built) else None
+
+
+def _mlp(layout: Layout, state: Mapping[str, Tensor]) -> nn.Sequential:
+    named = {layout.rename(key): value for key, value in state.items()}
+    lone = {"weight", "bias"} >= named.keys()  # a single layer, which has no index
+    return head_from_state(
+        {f"0.{key}" if lone else key: value for key, value in named.items()},
+        activation=layout.activation,
+    )
+
+
+def _bare(file: WeightsFile, tensors: dict[str, Tensor], beside: dict[str, str]) -> TeacherParts:
+    """Return a backbone under timm's names, or a student that we exported."""
+    said = file.metadata
+    if str(said.get("made_by", "")).startswith("pcd_ray"):  # others write entries of other forms
+        return _exported(file)
+    network = network_of(tensors)
+    # self-supervised vision transformers take ImageNet's statistics, timm's supervised ones others
+    imagenet = (
+        isinstance(network, Network)
+        and network.timm_name.startswith("vit")
+        and not has_classifier(tensors)
+    )
+    return TeacherParts(
+        layout="timm",
+        network=network,
+        backbone=tensors,
+        unused=beside,
+        mean=IMAGENET_MEAN if imagenet else None,
+        std=IMAGENET_STD if imagenet else None,
+    )
+
+
+def _exported(file: WeightsFile) -> TeacherParts:
+    said = file.metadata
+    if said.get("timm_tap"):
+        raise WeightsError(
+            f"{file.uri} holds a student that was trained up to stage {said['timm_tap']} of "
+            f"{said['timm_name']} alone (student.output_stride); give another file"
+        )
+    try:
+        kwargs = json.loads(said["timm_kwargs"])
+        kwargs.pop("global_pool", None)  # it concerns the pooled output alone
+        return TeacherParts(
+            layout="pcd_ray",
+            network=Network(said["timm_name"], kwargs),
+            backbone=dict(file.tensors),
+            licence=said["teacher_licence"],
+            mean=tuple(json.loads(said["mean"])),
+            std=tuple(json.loads(said["std"])),
+        )
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise WeightsError(
+            f"{file.uri}: the metadata of its export is not whole ({type(error).__name__}: "
+            f"{error}); export it again"
+        ) from error
+
+
+def _take_own_apart(file: WeightsFile) -> TeacherParts:
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
+    for key, value in file.tensors.items():
+        group, _, rest = key.partition(".")
+        if group not in parts:
+            raise WeightsError(f"{file.uri}: key {key!r} is neither backbone.* nor head.*")
+        parts[group][rest] = value
+    about: dict[str, Any] = file.metadata[METADATA_KEY]
+    activation = str(about.get("activation", "relu"))
+    return TeacherParts(
+        layout="pcd_ray",
+        network=Network(str(about["arch"])) if "arch" in about else network_of(parts["backbone"]),
+        backbone=parts["backbone"],
+        head=head_from_state(parts["head"], activation=activation) if parts["head"] else None,
+        licence=str(about.get("licence") or ""),
+        mean=tuple(about["mean"]) if "mean" in about else None,
+        std=tuple(about["std"]) if "std" in about else None,
+    )

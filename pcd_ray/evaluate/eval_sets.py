@@ -1,0 +1,136 @@
+"""The labelled sets that a run is judged on: opened, and looked through before it trains."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pcd_ray.config import Config
+from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
+from pcd_ray.data.image_index import classes_of, column, relabelled
+from pcd_ray.data.shards import REMOTE_READS, read_image_bytes
+from pcd_ray.data.sources import open_index
+from pcd_ray.errors import ShardError, naming
+from pcd_ray.evaluate.segmentation_data import SegmentationData, open_segmentation
+
+KNN_SAMPLE = 500
+"""Images of each kNN set that are decoded before training."""
+PROBE_SAMPLE = 1000
+"""Images and masks of a segmentation set that are decoded before training."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnnImages:
+    """The images that vote and those that are classified, labels counted alike."""
+
+    train: pa.Table
+    test: pa.Table
+    left_out: tuple[str, ...] = ()
+    """A line for each reason why some of the images given take no part."""
+
+
+def open_knn_images(config: Config) -> KnnImages | None:
+    """Return the images of ``eval.knn_train`` and ``eval.knn_test``; None when they are not set.
+
+    Images without a label take no part, nor do test images of a class that none of train's has.
+
+    Raises:
+        ShardError: a collection has no labels, or the two share no class.
+    """
+    if not config.eval.knn_train:
+        return None
+    left_out: list[str] = []
+    train = _labelled("eval.knn_train", config.eval.knn_train, left_out)
+    test = _labelled("eval.knn_test", config.eval.knn_test, left_out)
+    test = relabelled(test, classes_of(train))
+    known = np.isin(column(test, "label"), column(train, "label"))
+    if not known.any():
+        raise ShardError(
+            f"eval.knn_test={config.eval.knn_test} shares no class with eval.knn_train="
+            f"{config.eval.knn_train}; give two parts of one data set"
+        )
+    if not known.all():
+        left_out.append(
+            f"{np.count_nonzero(~known):,} of {known.size:,} labelled images of eval.knn_test are "
+            "left out: no image in eval.knn_train has their class"
+        )
+    return KnnImages(train, test.filter(pa.array(known)), tuple(left_out))
+
+
+def open_probe(config: Config) -> SegmentationData | None:
+    """Return the set of ``eval.segmentation``; None when it is not set.
+
+    Raises:
+        ShardError: a list or a file is missing.
+    """
+    if not config.eval.segmentation:
+        return None
+    with naming("eval.segmentation"):
+        return open_segmentation(config.eval.segmentation, size_px=config.eval.segmentation_size_px)
+
+
+def look_through(config: Config) -> dict[str, str]:
+    """Decode the evaluation sets, evenly spread samples of large ones; return how much was read.
+
+    Raises:
+        ShardError: an image or a mask is damaged, or a mask does not fit its image or classes.
+    """
+    read: dict[str, str] = {}
+    knn, probe = open_knn_images(config), open_probe(config)
+    if knn is not None:
+        for option, index in (("eval.knn_train", knn.train), ("eval.knn_test", knn.test)):
+            rows = _spread(index.num_rows, KNN_SAMPLE)
+            entries = index.take(pa.array(rows)).to_pylist()
+            _decode_all(option, lambda entry: _decode(entry, config.data.max_pixels), entries)
+            read[option] = f"{_share(len(rows), index.num_rows)} images"
+    if probe is not None:
+        names = [name for split in probe.splits for name in probe.names(split)]
+        rows = _spread(len(names), PROBE_SAMPLE)
+        _decode_all("eval.segmentation", probe.example, [names[row] for row in rows])
+        read["eval.segmentation"] = f"{_share(len(rows), len(names))} images and masks"
+    return read
+
+
+def _labelled(option: str, uri: str, left_out: list[str]) -> pa.Table:
+    """Return the index of a collection's labelled images; note how many are left out."""
+    with naming(option):
+        index = open_index(uri)
+        labelled = column(index, "label") >= 0
+        if not labelled.any():
+            raise ShardError(
+                f"{uri} has no labels; give class subfolders or shards packed from them"
+            )
+    if not labelled.all():
+        left_out.append(
+            f"{np.count_nonzero(~labelled):,} of {labelled.size:,} images of {option} are left "
+            "out: they have no label"
+        )
+    return index.filter(pa.array(labelled))
+
+
+def _spread(count: int, most: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
+def _share(read: int, of: int) -> str:
+    return f"all {of:,}" if read == of else f"{read:,} of {of:,}"
+
+
+def _decode_all(option: str, decode: Callable[[Any], object], items: Sequence[Any]) -> None:
+    def decode_one(item: Any) -> None:
+        decode(item)  # what comes of it is not kept
+
+    with naming(option), ThreadPoolExecutor(REMOTE_READS) as pool:
+        for _ in pool.map(decode_one, items):
+            pass
+
+
+def _decode(entry: dict[str, Any], max_pixels: int) -> None:
+    (content,) = read_image_bytes([entry["uri"]], [entry["offset"]], [entry["size"]])
+    try:
+        decode_rgb(content, max_pixels=max_pixels)
+    except UnreadableImage as error:
+        raise unreadable(entry["key"], entry["uri"], str(error)) from error
