@@ -17,6 +17,7 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
 _SMALL_CPUS = 4  # up to this many, workers reserve none of them
+_CPUS_PER_ACTOR = 4  # of a pool that computes on CPUs; more threads scale badly
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,32 @@ def share_for_workers(
     cores = max(1, int(have.cpus / max(1, have.nodes)))
     workers_per_node = max(1, -(-num_workers // max(1, have.nodes)))
     return WorkerShare(chosen, cpus, threads_per_worker or max(1, cores // workers_per_node))
+
+
+def share_for_pool(
+    have: ClusterResources, *, device: str, most: int, cpus_per_data_task: float
+) -> tuple[int, WorkerShare]:
+    """Decide how many actors compute for Ray Data, and what each gets; its tasks keep CPUs.
+
+    Args:
+        have: the cluster.
+        device: ``cpu`` or ``cuda``.
+        most: actors that there is work for.
+        cpus_per_data_task: ``data.cpus_per_task``.
+
+    Raises:
+        ClusterError: the cluster cannot hold one actor and one data task.
+    """
+    wanted = have.gpus if device == "cuda" else have.cpus / _CPUS_PER_ACTOR
+    size = max(1, min(most, int(wanted)))
+    return size, share_for_workers(
+        have,
+        num_workers=size,
+        device=device,
+        cpus_per_worker=0.0,
+        threads_per_worker=0,
+        cpus_per_data_task=cpus_per_data_task,
+    )
 
 
 def _cpus_per_worker(
