@@ -6,7 +6,9 @@ Shapes: B images of S x S pixels, C channels, H x W positions.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +220,8 @@ def _create(name: str, kwargs: dict[str, Any], *, pretrained: bool, **ours: Any)
     if not is_known(name):
         raise ConfigError(f"{name!r} is no timm model; {_suggestion(name)}")
     try:
-        return timm.create_model(name, pretrained=pretrained, **ours, **kwargs)
+        with _quiet_hub():
+            return timm.create_model(name, pretrained=pretrained, **ours, **kwargs)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ConfigError(f"timm's {name} refuses kwargs={kwargs}: {error}") from error
     except AssertionError as error:  # of its pooling, which some networks cannot do without
@@ -232,6 +235,18 @@ def _create(name: str, kwargs: dict[str, Any], *, pretrained: bool, **ours: Any)
             f"timm's pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}); "
             "give a local file in teacher.weights, or let this machine reach timm's hub"
         ) from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's word of each retry from hiding what we say in the end."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def _backbone(
