@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from pcd_ray.seeds import derive_seed
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-NUM_IMAGES, PER_PART = 23, 10
+NUM_IMAGES, PER_PART = 23, 8  # whole tasks to a part: each forward pass is the same again
 SIZE_PX = 32
 
 
@@ -79,10 +80,20 @@ def written_at(found: StoredFeatures) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(found.uri).iterdir()}
 
 
+@pytest.fixture(scope="module")
+def first(
+    config: Config,
+    network: JudgedNetwork,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_session: None,
+) -> StoredFeatures:
+    del ray_session
+    return stored(network, config, tmp_path_factory.mktemp("features"))
+
+
 def test_features_are_those_computed_directly_and_computed_once(
-    config: Config, network: JudgedNetwork, tmp_path: Path
+    config: Config, network: JudgedNetwork, first: StoredFeatures
 ) -> None:
-    first = stored(network, config, tmp_path)
     assert (first.num_images, first.num_computed) == (NUM_IMAGES, NUM_IMAGES)
     read = read_features(first.uri)
     features, labels = direct(network, config.eval.knn_train)
@@ -90,39 +101,37 @@ def test_features_are_those_computed_directly_and_computed_once(
     assert torch.equal(read.labels, labels)
     manifest = json.loads((Path(first.uri) / MANIFEST).read_text())
     assert manifest["request"]["network_sha256"] == network.sha256
-    assert [part["images"] for part in manifest["parts"]] == [10, 10, 3]
+    assert [part["images"] for part in manifest["parts"]] == [8, 8, 7]
 
     before = written_at(first)
-    again = stored(network, config, tmp_path)
+    again = stored(network, config, Path(first.uri).parent)
     assert (again.uri, again.num_computed) == (first.uri, 0)
     assert written_at(again) == before
 
 
 def test_only_what_is_missing_or_damaged_is_computed_after_an_interruption(
-    config: Config, network: JudgedNetwork, tmp_path: Path
+    config: Config, network: JudgedNetwork, first: StoredFeatures, tmp_path: Path
 ) -> None:
-    first = stored(network, config, tmp_path)
-    whole, before = read_features(first.uri), written_at(first)
-    (Path(first.uri) / MANIFEST).unlink()
-    (Path(first.uri) / "part-00000.parquet").unlink()
-    (Path(first.uri) / "part-00002.parquet").write_bytes(b"no parquet")
+    folder = tmp_path / Path(first.uri).name
+    shutil.copytree(first.uri, folder)
+    (folder / MANIFEST).unlink()
+    (folder / "part-00000.parquet").unlink()
+    (folder / "part-00002.parquet").write_bytes(b"no parquet")
+    kept = (folder / "part-00001.parquet").stat().st_mtime_ns
     again = stored(network, config, tmp_path)
-    assert again.num_computed == 10 + 3
-    assert torch.equal(read_features(again.uri).features, whole.features)
-    changed = {name for name, at in written_at(again).items() if at != before[name]}
-    assert changed == {MANIFEST, "part-00000.parquet", "part-00002.parquet"}
+    assert (again.uri, again.num_computed) == (str(folder), 8 + 7)
+    assert (folder / "part-00001.parquet").stat().st_mtime_ns == kept
+    assert torch.equal(read_features(again.uri).features, read_features(first.uri).features)
 
 
-def test_another_network_or_another_size_has_a_folder_of_its_own(
-    config: Config, network: JudgedNetwork, tmp_path: Path
+def test_another_size_of_crops_has_a_folder_of_its_own(
+    config: Config, network: JudgedNetwork, first: StoredFeatures
 ) -> None:
-    first = stored(network, config, tmp_path)
-    other = replace(network, std=tuple(2 * value for value in network.std))
     larger = replace(config, eval=replace(config.eval, image_size_px=40))
-    found = [stored(other, config, tmp_path), stored(network, larger, tmp_path)]
-    assert all(each.num_computed == NUM_IMAGES for each in found)
-    assert len({first.uri, *(each.uri for each in found)}) == 3
-    assert stored(network, config, tmp_path).num_computed == 0
+    found = stored(network, larger, Path(first.uri).parent)
+    assert found.num_computed == NUM_IMAGES
+    assert found.uri != first.uri
+    assert stored(network, config, Path(first.uri).parent).num_computed == 0
 
 
 def test_an_image_that_cannot_be_decoded_is_named_and_finished_parts_are_kept(
@@ -130,7 +139,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_finished_parts_are_kept(
 ) -> None:
     config = config_for(tmp_path)
     index = open_index(config.eval.knn_train)
-    key, uri = (index.column(name)[21].as_py() for name in ("key", "uri"))
+    key, uri = (index.column(name)[20].as_py() for name in ("key", "uri"))
     good = Path(uri).read_bytes()
     bad = good[: len(good) // 2]
     Path(uri).write_bytes(bad)
@@ -152,10 +161,16 @@ def test_features_that_are_not_finite_are_refused(
         stored(replace(network, weights=weights, sha256="other"), config, tmp_path)
 
 
-def test_knn_is_that_of_features_computed_directly(
-    config: Config, network: JudgedNetwork, tmp_path: Path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all judgements of the network keep what they share."""
+    return tmp_path_factory.mktemp("judged")
+
+
+def test_scores_are_those_of_features_computed_directly_and_share_them(
+    config: Config, network: JudgedNetwork, folder: Path
 ) -> None:
-    scores = judge_knn(network, config, folder=str(tmp_path), seed=0, device="cpu")
+    scores = judge_knn(network, config, folder=str(folder), seed=0, device="cpu")
     train, test = (direct(network, uri) for uri in (config.eval.knn_train, config.eval.knn_test))
     expected = knn_top1_pct(*train, *test, ks=(1, 10, 20))
     named = {f"knn_k{k}": value for k, value in expected.items()}
@@ -165,7 +180,7 @@ def test_knn_is_that_of_features_computed_directly(
     assert scores.about["features_computed"] == NUM_IMAGES + 12
     assert set(scores.classes["knn_top1"]) == set(CLASSES)
 
-    again = judge_linear(network, config, folder=str(tmp_path), seed=0, device="cpu")
+    again = judge_linear(network, config, folder=str(folder), seed=0, device="cpu")
     assert again.about["features_computed"] == 0
     settings = linear_settings(config.eval.linear, seed=0)
     probe = fit_cached(*train, settings, device=torch.device("cpu"))
@@ -185,14 +200,14 @@ def direct(network: JudgedNetwork, uri: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_augmented_views_train_the_probe_as_planned_and_an_interruption_is_not_noticed(
-    network: JudgedNetwork, config: Config, tmp_path: Path
+    network: JudgedNetwork, config: Config, folder: Path
 ) -> None:
     linear = replace(
         config.eval.linear, views="augmented", epochs=3, global_batch_size=8, base_lrs=(0.1, 1.0)
     )
     config = replace(config, eval=replace(config.eval, linear=linear))
-    whole = judge_linear(network, config, folder=f"{tmp_path}/whole", seed=5, device="cpu")
-    state = only_state(tmp_path / "whole")
+    whole = judge_linear(network, config, folder=str(folder), seed=5, device="cpu")
+    state = only_state(folder)
     assert state["step"] == math.ceil(3 * NUM_IMAGES / 8)
 
     index = open_index(config.eval.knn_train)
@@ -216,9 +231,9 @@ def test_augmented_views_train_the_probe_as_planned_and_an_interruption_is_not_n
     torch.testing.assert_close(state["weight"], expected.weight, rtol=1e-3, atol=1e-5)
     assert pooled.std(dim=0).max() > 0
 
-    torch.save(half, state_file(tmp_path / "whole"))
-    again = judge_linear(network, config, folder=f"{tmp_path}/whole", seed=5, device="cpu")
-    resumed = only_state(tmp_path / "whole")
+    torch.save(half, state_file(folder))
+    again = judge_linear(network, config, folder=str(folder), seed=5, device="cpu")
+    resumed = only_state(folder)
     torch.testing.assert_close(resumed["weight"], state["weight"], rtol=1e-3, atol=1e-5)
     assert again.values == whole.values
 
