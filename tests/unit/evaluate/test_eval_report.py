@@ -1,4 +1,4 @@
-"""The page of a comparison says every number that was measured, and asks the network for nothing."""
+"""The page of a comparison says every number, and asks the network for nothing."""
 
 from pathlib import Path
 
