@@ -129,14 +129,16 @@ def _checkpoint(uri: str, kind: str) -> InspectResult:
     steps = checkpoint_steps(RunFolder(uri)) if kind == "run" else [stored.about["step"]]
     keys = ("step", "total_steps", "epoch", *stored.config.teachers)
     facts = {key: stored.about[key] for key in keys}
+    queue = stored.state["queues"][0]
     return InspectResult(
         kind,
         facts
         | {
             "student": stored.about["student"]["backbone"],
+            "loss": stored.config.loss.kind,
             "checkpoints": steps,
             "metrics": stored.about["metrics"],
-            "queue_filled": stored.state["queues"][0]["num_pushed"],
+            "queue_filled": queue["num_pushed"] if queue else None,
             "data_sha256": stored.about["data_sha256"],
             "verified": "the state's hash matches",
         },

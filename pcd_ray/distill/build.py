@@ -312,10 +312,12 @@ def _branch(
     if config.train.channels_last and device.type == "cuda":
         # on CPUs depthwise convolutions in inference are far slower with channels innermost
         teacher.backbone.use_channels_last()
+    mse = config.loss.kind == "mse"
     settings = DistillSettings(
+        kind=config.loss.kind,
         temperature=config.loss.temperature,
         implementation=choose_implementation(
-            config.loss.implementation, width=frozen.width, device=device
+            "plain" if mse else config.loss.implementation, width=frozen.width, device=device
         ),
         pairing=config.pairing.kind,
         pairing_radius=config.pairing.radius,
@@ -325,10 +327,13 @@ def _branch(
     )
     consumer = ("queue",) if loaded.name == "teacher" else ("queue", loaded.name)
     seed = derive_seed(config.run.seed, *consumer)
+    queue = None
+    if not mse:
+        queue = FeatureQueue(config.loss.queue_size, frozen.width, seed=seed, device=device)
     return Branch(
         name=loaded.name,
         teacher=teacher,
-        queue=FeatureQueue(config.loss.queue_size, frozen.width, seed=seed, device=device),
+        queue=queue,
         settings=settings,
         weight=loaded.options.weight,
         identity=replace(loaded.identity, sha256=tensors_sha256(teacher)),

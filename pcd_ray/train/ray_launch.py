@@ -82,6 +82,8 @@ def train(config: Config) -> TrainResult:
     log = RunLog(folder, total_steps=found.plan.steps)
     try:
         if found.steps_done < found.plan.steps:
+            for option, note in found.plan.notes.items():
+                log.say(f"note: {option}: {note}")
             _fit(config, folder, found.share, log)
     finally:
         log.close()
