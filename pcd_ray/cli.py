@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -174,10 +175,11 @@ def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
     rows = list(_rows(summary, prefix))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        lines = textwrap.wrap(value, _LINE, break_long_words=False) or [""]
+        print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
-_LONGEST = 160  # characters of one value in a table
+_LINE = 100  # characters of a value on one line of a table
 _NETWORKS = ("untrained", "student", "teacher")
 
 
@@ -195,7 +197,5 @@ def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
         elif isinstance(value, float):
             rows.append((prefix + name, f"{value:.4g}"))
         else:
-            text = str(value)
-            whole = len(text) <= _LONGEST
-            rows.append((prefix + name, text if whole else f"{text[:_LONGEST]}... (see --json)"))
+            rows.append((prefix + name, str(value)))
     return rows
