@@ -795,7 +795,7 @@ def _problem(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         story = str(item["ctx"]["error"])
         second = path.startswith("teacher_2") and story.startswith("teacher.")
-        return story.replace("teacher.", "teacher_2.", 1) if second else story
+        return story.replace("teacher.", "teacher_2.") if second else story
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; give a value"
     if item["type"] == "dataclass_type":
