@@ -495,6 +495,49 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearConfig:
+    """Linear probe on pooled features: MoCo v3's SGD (momentum 0.9, no decay, cosine to 0)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    views: Literal["cached", "augmented"] = "cached"
+    """Features of one centre crop, computed once (``cached``), or of a new random resized crop and
+    flip in each epoch (``augmented``): the full protocol, one forward pass per image and epoch."""
+    epochs: int = 90
+    """Passes over the images."""
+    global_batch_size: int = 1024
+    """Images per step; at most as many as there are."""
+    base_lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Learning rates per 256 images, trained side by side; features of networks differ in norm and
+    spread, so that no one rate (MoCo v3's is 0.1) fits all."""
+    held_out_fraction: float = 0.1
+    """Share of the training images on which the rate is chosen, in (0, 0.5]; the classifier that is
+    reported has been trained on all of them. [ours]"""
+    standardise: bool = True
+    """Bring each channel to mean 0 and variance 1 over the training images' centre crops. [ours]"""
+    min_scale: float = 0.08
+    """``augmented``: smallest share of an image's area that a crop may cover."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size"):
+            _require(getattr(self, name) > 0, f"eval.linear.{name}", getattr(self, name), "> 0")
+        rates = self.base_lrs
+        _require(
+            bool(rates) and min(rates) > 0 and len(set(rates)) == len(rates),
+            "eval.linear.base_lrs",
+            rates,
+            "different numbers > 0",
+        )
+        _require(
+            0 < self.held_out_fraction <= 0.5,
+            "eval.linear.held_out_fraction",
+            self.held_out_fraction,
+            "in (0, 0.5]",
+        )
+        _require(0 < self.min_scale <= 1, "eval.linear.min_scale", self.min_scale, "in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """How a student is judged; labels are used here alone."""
 
@@ -503,11 +546,18 @@ class EvalConfig:
     every_epochs: int = 0
     """Epochs between kNN evaluations while training; 0: at the end alone."""
     knn_train: str = ""
-    """Labelled folder (class subfolders) or packed shards whose images vote; empty: no kNN."""
+    """Labelled folder (class subfolders), packed shards or list file whose images vote, and which
+    the linear probe trains on; empty: neither."""
     knn_test: str = ""
-    """Labelled folder or packed shards whose images are classified."""
+    """Labelled images of the same kinds that are classified."""
     knn_k: int = 20
-    """Neighbours that vote, each with weight exp(cosine / 0.07); one neighbour is reported too."""
+    """Neighbours that vote while a run trains and at its end, each with weight exp(cosine / 0.07);
+    one neighbour is reported too."""
+    knn_ks: tuple[int, ...] = ()
+    """Numbers of neighbours of ``pcd-ray eval knn``; empty: 1, 10, 20, 100 and 200, as far as there
+    are images that vote."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    """The linear probe of ``pcd-ray eval linear``."""
     segmentation: str = ""
     """Folder with images/, masks/, train.txt, val.txt (and test.txt): a linear probe on the frozen
     map is trained at the end of the run; empty: none."""
@@ -526,6 +576,13 @@ class EvalConfig:
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
         _require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
+        ks = self.knn_ks
+        _require(
+            min(ks, default=1) > 0 and len(set(ks)) == len(ks),
+            "eval.knn_ks",
+            ks,
+            "different numbers > 0",
+        )
         _require(self.image_size_px >= 0, "eval.image_size_px", self.image_size_px, ">= 0")
         _require(
             self.segmentation_size_px >= 0,
