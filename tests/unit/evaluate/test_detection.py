@@ -154,7 +154,8 @@ def test_nothing_is_frozen_but_what_no_map_depends_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet10t", "convnext_atto", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002"]
+    "name",
+    ["resnet10t", "convnext_atto", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002"],
 )
 def test_backbones_with_stages_give_maps_of_the_four_strides(name: str) -> None:
     backbone = build_backbone(name)
@@ -166,7 +167,9 @@ def test_backbones_with_stages_give_maps_of_the_four_strides(name: str) -> None:
 
 
 def test_backbones_of_other_strides_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"vit_tiny_patch16_224 has maps of stride 16; a detector"):
+    with pytest.raises(
+        ConfigError, match=r"vit_tiny_patch16_224 has maps of stride 16; a detector"
+    ):
         taps_of(build_backbone("vit_tiny_patch16_224"))
     dilated = build_backbone("resnet10t", output_stride=8)
     with pytest.raises(ConfigError, match=r"resnet10t has maps of stride 2, 4, 8; a detector"):
