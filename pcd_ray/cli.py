@@ -111,7 +111,10 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
     if options.dry_run:
         plan: dict[str, Any] = dry_run(config).summary()
         return plan
-    return train(config).summary()
+    summary = train(config).summary()
+    if not options.json:
+        del summary["plan"]  # long, told by --dry-run, and not what came of it
+    return summary
 
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
@@ -187,6 +190,8 @@ def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
     for name, value in summary.items():
         if isinstance(value, dict) and value:
             rows += _rows(value, f"{prefix}{name}.")
+        elif value in (None, "", {}, []):
+            continue  # nothing to say; --json has it
         elif isinstance(value, float):
             rows.append((prefix + name, f"{value:.4g}"))
         else:

@@ -596,9 +596,14 @@ class EvalConfig:
     """Images per forward pass of an evaluation."""
     detect: DetectConfig = field(default_factory=DetectConfig)
     """Detection and instance segmentation."""
+    seeds: int = 1
+    """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
+    out: str = ""
+    """Folder of ``pcd-ray eval``; empty: ``eval`` in the first run judged, else in ``run.root``."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
+        _require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
         _require(self.image_size_px >= 0, "eval.image_size_px", self.image_size_px, ">= 0")
         _require(
