@@ -538,6 +538,89 @@ class LinearConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DetectConfig:
+    """Fine-tuning a detector on a student, whole; the defaults are COCO's usual schedule."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    data: str = ""
+    """Folder with images/, instances_train.json and instances_val.json, or COCO 2017 as it is
+    downloaded; empty: none."""
+    masks: bool = True
+    """Mask R-CNN (boxes and masks), or Faster R-CNN (boxes)."""
+    preset: Literal["coco_1x", "coco_2x"] = "coco_1x"
+    """Steps where ``steps`` is 0: 90,000 or 180,000. The rate falls to a tenth after 2/3 and 8/9 of
+    all steps."""
+    steps: int = 0
+    """Optimiser steps; 0: the preset's."""
+    fraction: float = 1.0
+    """Share of the steps, and of the images of both splits, in (0, 1]; below 1 a smoke run."""
+    global_batch_size: int = 16
+    """Images per step, over all workers."""
+    lr_per_16_images: float = 0.02
+    """Learning rate per 16 images of the global batch."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up, at most a tenth of all."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Decay of all weights but those of norms."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient; 0 leaves it."""
+    min_short_side_px: int = 640
+    """Training draws the short side of each image from here ..."""
+    max_short_side_px: int = 800
+    """... to here, in steps of 32 pixels; judging takes this one."""
+    max_long_side_px: int = 1333
+    """Longest side of an image, in pixels."""
+    flip_prob: float = 0.5
+    """Probability of mirroring left and right."""
+    box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"
+    """Four convolutions with BatchNorm and a linear layer, or two linear layers without norm, which
+    cost an eighth."""
+    rois_per_image: int = 512
+    """Regions of each image that train the box head."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: backbone and pyramid in autocast to bfloat16; heads stay in float32."""
+    num_workers: int = 1
+    """Ray Train workers; one GPU each on cuda, with BatchNorm over all of them."""
+    checkpoint_every_steps: int = 1000
+    """Optimiser steps between checkpoints."""
+    log_every_steps: int = 20
+    """Optimiser steps between two lines of progress."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.fraction <= 1, "eval.detect.fraction", self.fraction, "in (0, 1]")
+        _require(0 <= self.flip_prob <= 1, "eval.detect.flip_prob", self.flip_prob, "in [0, 1]")
+        _require(0 <= self.momentum < 1, "eval.detect.momentum", self.momentum, "in [0, 1)")
+        for name in (
+            "global_batch_size",
+            "lr_per_16_images",
+            "min_short_side_px",
+            "rois_per_image",
+            "num_workers",
+            "checkpoint_every_steps",
+            "log_every_steps",
+        ):
+            _require(getattr(self, name) > 0, f"eval.detect.{name}", getattr(self, name), "> 0")
+        for name in ("steps", "warmup_steps", "weight_decay", "clip_grad_norm"):
+            _require(getattr(self, name) >= 0, f"eval.detect.{name}", getattr(self, name), ">= 0")
+        _require(
+            self.min_short_side_px <= self.max_short_side_px <= self.max_long_side_px,
+            "eval.detect.max_short_side_px",
+            self.max_short_side_px,
+            f"in [min_short_side_px={self.min_short_side_px}, "
+            f"max_long_side_px={self.max_long_side_px}]",
+        )
+        _require(
+            self.global_batch_size % self.num_workers == 0,
+            "eval.detect.global_batch_size",
+            self.global_batch_size,
+            f"a multiple of eval.detect.num_workers={self.num_workers}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """How a student is judged; labels are used here alone."""
 
@@ -567,6 +650,8 @@ class EvalConfig:
     """Side of the centre crop for kNN; 0 takes ``augment.image_size_px``."""
     images_per_forward: int = 64
     """Images per forward pass of an evaluation."""
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    """Detection and instance segmentation."""
     seeds: int = 1
     """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
     out: str = ""
