@@ -511,8 +511,17 @@ class EvalConfig:
     """Side of the centre crop for kNN; 0 takes ``augment.image_size_px``."""
     images_per_forward: int = 64
     """Images per forward pass of an evaluation."""
+    pixel: tuple[float, float] = (0.5, 0.5)
+    """The place that pictures ask about (what resembles it, attends to it): shares of an image's
+    width and height in [0, 1], from the left and the top."""
 
     def __post_init__(self) -> None:
+        _require(
+            all(0 <= share <= 1 for share in self.pixel),
+            "eval.pixel",
+            list(self.pixel),
+            "two shares in [0, 1]",
+        )
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
         _require(self.image_size_px >= 0, "eval.image_size_px", self.image_size_px, ">= 0")
