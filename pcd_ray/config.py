@@ -656,8 +656,17 @@ class EvalConfig:
     """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
     out: str = ""
     """Folder of ``pcd-ray eval``; empty: ``eval`` in the first run judged, else in ``run.root``."""
+    pixel: tuple[float, float] = (0.5, 0.5)
+    """The place that pictures ask about (what resembles it, attends to it): shares of an image's
+    width and height in [0, 1], from the left and the top."""
 
     def __post_init__(self) -> None:
+        _require(
+            all(0 <= share <= 1 for share in self.pixel),
+            "eval.pixel",
+            list(self.pixel),
+            "two shares in [0, 1]",
+        )
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
         _require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
