@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -111,7 +112,10 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
     if options.dry_run:
         plan: dict[str, Any] = dry_run(config).summary()
         return plan
-    return train(config).summary()
+    summary = train(config).summary()
+    if not options.json:
+        del summary["plan"]  # long, told by --dry-run, and not what came of it
+    return summary
 
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
@@ -171,10 +175,11 @@ def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
     rows = list(_rows(summary, prefix))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        lines = textwrap.wrap(value, _LINE, break_long_words=False) or [""]
+        print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
-_LONGEST = 160  # characters of one value in a table
+_LINE = 100  # characters of a value on one line of a table
 _NETWORKS = ("untrained", "student", "teacher")
 
 
@@ -187,10 +192,10 @@ def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
     for name, value in summary.items():
         if isinstance(value, dict) and value:
             rows += _rows(value, f"{prefix}{name}.")
+        elif value in (None, "", {}, []):
+            continue  # nothing to say; --json has it
         elif isinstance(value, float):
             rows.append((prefix + name, f"{value:.4g}"))
         else:
-            text = str(value)
-            whole = len(text) <= _LONGEST
-            rows.append((prefix + name, text if whole else f"{text[:_LONGEST]}... (see --json)"))
+            rows.append((prefix + name, str(value)))
     return rows

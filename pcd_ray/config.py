@@ -365,7 +365,8 @@ class PairingConfig:
 
     kind: Literal["same_view", "cross_view_index", "cross_view_geometric"] = "same_view"
     """One crop for both networks [ours]; two crops paired by index [code]; two crops paired by
-    true image coordinates [ours]."""
+    true image coordinates [ours]. To ``loss.kind=image`` it says no more than whether both networks
+    see one crop or two; it takes the first two kinds."""
     radius: float = 0.7
     """``cross_view_geometric``: largest distance of paired cell centres, in cell diagonals."""
 
@@ -375,10 +376,15 @@ class PairingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Pixel-wise contrastive loss."""
+    """Pixel-wise contrastive loss, or a baseline to hold it against."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
+    kind: Literal["pixel", "image", "mse"] = "pixel"
+    """``pixel``: each student pixel against its positive and the queue, PCD [code]. ``image``: the
+    same with one pair per image, the student's head's map, pooled, against the teacher's published
+    vector. ``mse``: squared distance of paired unit pixels, 2 - 2 cos, without temperature, queue
+    or ``implementation``. The last two are baselines. [ours]"""
     temperature: float = 0.2
     """Softmax temperature tau, > 0; lower is sharper. [code]"""
     queue_size: int = 65_536
@@ -511,9 +517,14 @@ class EvalConfig:
     """Side of the centre crop for kNN; 0 takes ``augment.image_size_px``."""
     images_per_forward: int = 64
     """Images per forward pass of an evaluation."""
+    seeds: int = 1
+    """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
+    out: str = ""
+    """Folder of ``pcd-ray eval``; empty: ``eval`` in the first run judged, else in ``run.root``."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
+        _require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
         _require(self.image_size_px >= 0, "eval.image_size_px", self.image_size_px, ">= 0")
         _require(
@@ -578,6 +589,15 @@ class Config:
     """Judging."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """The student file."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.loss.kind != "image" or self.pairing.kind != "cross_view_geometric",
+            "pairing.kind",
+            self.pairing.kind,
+            "same_view (one crop) or cross_view_index (two) with loss.kind=image, which pools "
+            "positions instead of pairing them",
+        )
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:

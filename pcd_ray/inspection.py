@@ -50,6 +50,8 @@ def inspect(uri: str, *, verify: bool = False) -> InspectResult:
         return _checkpoint(uri, "checkpoint")
     if checkpoint_steps(RunFolder(uri)):
         return _checkpoint(uri, "run")
+    if storage.exists(RunFolder(uri).file("config.yaml")):
+        return InspectResult("run", {"checkpoints": "none yet: `pcd-ray train` goes on with it"})
     if is_weights(uri):
         return _weights(uri)
     if not storage.is_folder(uri) and not is_list(uri):
@@ -119,7 +121,7 @@ def _weights(uri: str) -> InspectResult:
             "output_width": output_width(parts.head, 0) if parts.head is not None else None,
             "unused": parts.unused,
             "licence": parts.licence or "unknown",
-            "sha256": file.sha256,
+            "file_sha256": file.sha256,
         },
     )
 
@@ -134,9 +136,14 @@ def _checkpoint(uri: str, kind: str) -> InspectResult:
         facts
         | {
             "student": stored.about["student"]["backbone"],
+            "loss": stored.config.loss.kind,
             "checkpoints": steps,
             "metrics": stored.about["metrics"],
-            "queue_filled": stored.state["queues"][0]["num_pushed"],
+            "queue_filled_pct": [
+                round(100 * min(1, queue["num_pushed"] / len(queue["negatives"])))
+                for queue in stored.state["queues"]
+                if queue
+            ],
             "data_sha256": stored.about["data_sha256"],
             "verified": "the state's hash matches",
         },

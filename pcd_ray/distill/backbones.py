@@ -6,7 +6,9 @@ Shapes: B images of S x S pixels, C channels, H x W positions.
 """
 
 import difflib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +35,13 @@ class Backbone(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         name: str,
+        kwargs: Mapping[str, Any] | None = None,
         tap: int | None = None,
     ) -> None:
         super().__init__()
         self.body = body
         self.name = name
+        self.kwargs = dict(kwargs or {})  # what timm needs besides to build the same network
         self.tap = tap  # the stage whose map is taken, as timm counts them; None: the last map
         self.memory_format = torch.contiguous_format
         self.recentred = False
@@ -109,7 +113,7 @@ def build_backbone(
     """
     kwargs, tap = kwargs_for_stride(name, kwargs or {}, output_stride)
     body = _cut_body(name, kwargs, pretrained=pretrained)
-    return _backbone(body, name=name, mean=mean, std=std, tap=tap)
+    return _backbone(body, name=name, kwargs=kwargs, mean=mean, std=std, tap=tap)
 
 
 def kwargs_for_stride(
@@ -203,7 +207,7 @@ def build_whole(
     classifier: Any = body.get_classifier()
     state = classifier.state_dict() if isinstance(classifier, nn.Module) else {}
     body.reset_classifier(0)
-    backbone = _backbone(body, name=name, mean=mean, std=std)
+    backbone = _backbone(body, name=name, kwargs=kwargs, mean=mean, std=std)
     return WholeNetwork(backbone, state, pooling if isinstance(pooling, str) else "")
 
 
@@ -216,7 +220,8 @@ def _create(name: str, kwargs: dict[str, Any], *, pretrained: bool, **ours: Any)
     if not is_known(name):
         raise ConfigError(f"{name!r} is no timm model; {_suggestion(name)}")
     try:
-        return timm.create_model(name, pretrained=pretrained, **ours, **kwargs)
+        with _quiet_hub():
+            return timm.create_model(name, pretrained=pretrained, **ours, **kwargs)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ConfigError(f"timm's {name} refuses kwargs={kwargs}: {error}") from error
     except AssertionError as error:  # of its pooling, which some networks cannot do without
@@ -232,17 +237,35 @@ def _create(name: str, kwargs: dict[str, Any], *, pretrained: bool, **ours: Any)
         ) from error
 
 
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's word of each retry from hiding what we say in the end."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+
+
 def _backbone(
     body: Any,
     *,
     name: str,
+    kwargs: Mapping[str, Any] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     tap: int | None = None,
 ) -> Backbone:
     known = body.pretrained_cfg
     return Backbone(
-        body.eval(), mean=mean or known["mean"], std=std or known["std"], name=name, tap=tap
+        body.eval(),
+        mean=mean or known["mean"],
+        std=std or known["std"],
+        name=name,
+        kwargs=kwargs,
+        tap=tap,
     )
 
 

@@ -53,6 +53,12 @@ def take_apart(file: WeightsFile) -> TeacherParts:
     wrapped = any(key.startswith(_PARALLEL) for key in file.tensors)
     prefix = _PARALLEL if wrapped else ""
     tensors = {key.removeprefix(prefix): value for key, value in file.tensors.items()}
+    if len(tensors) < len(file.tensors):
+        twice = [key for key in file.tensors if f"{prefix}{key}" in file.tensors]
+        raise WeightsError(
+            f"{file.uri} holds {len(twice)} keys with and without {_PARALLEL}: {listed(twice)}; "
+            "give the file as published"
+        )
     layout = layout_of(tensors, parallel=wrapped)
     beside = dict.fromkeys(file.beside, "stands beside the weights")
     if layout is None:

@@ -48,7 +48,6 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel(names.LOSS, "Loss", "nats"),
     _Panel(names.POSITIVE_COSINE, "Positive cosine"),
     _Panel(names.QUEUE_TOP1, "Image retrieval top-1", "%"),
     _Panel(names.PIXEL_TOP1, "Pixel retrieval top-1", "%"),
@@ -62,6 +61,7 @@ def loss_curve(
     history: Sequence[Mapping[str, float]],
     *,
     knn_references: Mapping[str, float] | None = None,
+    loss_unit: str = "nats",
 ) -> bytes:
     """Return small multiples of what was logged while training.
 
@@ -69,11 +69,13 @@ def loss_curve(
         history: lines of metrics, each with ``step`` and some of the known names; a step that
             was logged twice (after a resume) counts as logged last.
         knn_references: name -> kNN top-1 in percent, drawn as level lines, e.g. of the teacher.
+        loss_unit: what the loss is counted in; empty for a squared distance.
 
     Raises:
         ValueError: no line has a metric that is drawn.
     """
-    panels = [panel for panel in _PANELS if len(_points(history, panel.key))]
+    known = (_Panel(names.LOSS, "Loss", loss_unit), *_PANELS)
+    panels = [panel for panel in known if len(_points(history, panel.key))]
     if not panels:
         raise ValueError(f"the {len(history)} lines of metrics have none of those that are drawn")
     columns = min(len(panels), 4 if len(panels) in (4, 7, 8) else 3)
@@ -221,6 +223,8 @@ def _draw_panel(axis: Axes, panel: _Panel, history: Sequence[Mapping[str, float]
         if len(floor):
             lowest = _smooth(floor)
             axis.plot(*lowest.T, color=_FAINT, linewidth=1.2)
+            if len(lowest) == 1:  # one point is no line
+                axis.axhline(lowest[0, 1], color=_FAINT, linewidth=1.2)
             _name_line(axis, "floor: a perfect student", float(lowest[-1, 1]), color=_FAINT)
     _dress(axis, f"{panel.title} ({panel.unit})" if panel.unit else panel.title)
 

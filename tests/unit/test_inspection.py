@@ -97,7 +97,7 @@ def test_a_teacher_as_published(tmp_path: Path) -> None:
     assert (found["method"], found["licence"], found["output_width"]) == ("DINO", "Apache-2.0", 8)
     assert found["network"] == "vit_tiny_patch16_224 (img_size=224, dynamic_img_size=True)"
     assert found["head"] == ["Linear 192-64", "GELU", "Linear 64-64", "GELU", "Linear 64-8"]
-    assert found["sha256"] == hashlib.sha256(Path(uri).read_bytes()).hexdigest()
+    assert found["file_sha256"] == hashlib.sha256(Path(uri).read_bytes()).hexdigest()
     beside = {"student", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
     assert set(found["unused"]) == {"head.last_layer."} | beside
 
@@ -107,6 +107,7 @@ def test_a_run_its_checkpoint_and_what_it_exported(tmp_path: Path) -> None:
     run = inspect(folder.uri).summary()
     assert (run["kind"], run["step"], run["checkpoints"]) == ("run", 12, [3, 12])
     assert (run["student"], run["teacher"]) == ("test_resnet", TEACHER)
+    assert (run["loss"], run["queue_filled_pct"]) == ("pixel", [0])
     one = inspect(folder.file("checkpoints", "step_00000003")).summary()
     assert (one["kind"], one["step"], one["checkpoints"]) == ("checkpoint", 3, [3])
     exported = inspect(export(folder.uri).path).summary()
@@ -114,6 +115,12 @@ def test_a_run_its_checkpoint_and_what_it_exported(tmp_path: Path) -> None:
     assert exported["licence"] == TEACHER["licence"]
     body = student.backbone.body.state_dict()
     assert exported["parameters"] == sum(value.numel() for value in body.values())
+
+
+def test_a_run_without_a_queue(tmp_path: Path) -> None:
+    folder, _ = store_run(tmp_path, 3, loss={"kind": "mse"})
+    found = inspect(folder.uri).summary()
+    assert (found["loss"], found["queue_filled_pct"]) == ("mse", [])
 
 
 def test_a_damaged_checkpoint_is_not_called_whole(tmp_path: Path) -> None:
@@ -156,3 +163,10 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not unpickled freely"):
         inspect(str(tmp_path / "a.pth"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_that_has_not_stored_yet_is_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: new}")
+    found = inspect(str(tmp_path)).summary()
+    assert found["kind"] == "run"
+    assert "none yet" in found["checkpoints"]

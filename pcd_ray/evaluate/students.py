@@ -1,0 +1,279 @@
+"""Networks to judge, by what a user calls them.
+
+untrained                 the student as it was before training
+teacher, teacher_2        a run's teachers
+runs/pcd                  a run (its newest checkpoint) or one of its checkpoints
+student.safetensors       an exported student, or any weights file that `train` takes as teacher
+FILE@TIMM_NAME            the same, of a network that the file's keys do not tell
+resnet18.a1_in1k          a timm name: its own pretrained weights
+LABEL:A,B,C               several of them in one row, such as the seeds of one recipe
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from pcd_ray import storage
+from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
+from pcd_ray.config import Config, StudentConfig, TeacherConfig, config_from_values
+from pcd_ray.distill.backbones import Backbone, build_backbone, build_whole, is_known
+from pcd_ray.distill.build import build_student, load_teacher
+from pcd_ray.distill.weights import load_backbone, read_weights, tensors_sha256
+from pcd_ray.errors import ConfigError, PcdError, WeightsError, naming
+
+UNTRAINED = "untrained"
+_TEACHERS = ("teacher", "teacher_2")
+_LABELLED = re.compile(r"([\w .+()-]+):(?!//)(.+)")
+_BODY = "backbone.body."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedNetwork:
+    """A backbone to judge, as plain data that any process can build."""
+
+    label: str
+    """Its row in tables."""
+    timm_name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of ``timm.create_model``."""
+    output_stride: int = 0
+    """Pixels per position of its map; 0: the network's own."""
+    published: bool = False
+    """Whether weights are named as those of the whole network, with its pooling, are."""
+    recentred: bool = False
+    """Whether its map is shifted to its own vector (see `distill.tokens`)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Input normalisation in [0, 1]."""
+    weights: dict[str, Tensor] = field(repr=False)
+    """Under timm's names, without classifier."""
+    sha256: str
+    """Of the weights."""
+    source: str
+    """Where they come from, for reports."""
+    licence: str = ""
+
+    def backbone(self, *, output_stride: int | None = None) -> Backbone:
+        """Return the network in eval mode on the CPU.
+
+        Args:
+            output_stride: pixels per position of its map; None: as it is judged.
+
+        Raises:
+            ConfigError: the network has no map of this stride.
+            WeightsError: the weights do not fit it.
+        """
+        stride = self.output_stride if output_stride is None else output_stride
+        built = self._whole() if self.published and not stride else self._cut(stride)
+        if self.recentred:
+            built.recentre()
+        return built.eval()
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that its features follow from."""
+        facts = [self.sha256, self.timm_name, self.kwargs, self.output_stride, self.recentred]
+        text = json.dumps([*facts, self.mean, self.std], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _cut(self, stride: int) -> Backbone:
+        built = build_backbone(
+            self.timm_name, kwargs=self.kwargs, mean=self.mean, std=self.std, output_stride=stride
+        )
+        load_backbone(built, self.weights, uri=self.source)
+        return built
+
+    def _whole(self) -> Backbone:
+        """Build it with its pooling, and without where the weights are named so."""
+        refusals: list[WeightsError] = []
+        for pooled in (True, False):
+            try:
+                built = build_whole(
+                    self.timm_name,
+                    pooled=pooled,
+                    kwargs=self.kwargs,
+                    mean=self.mean,
+                    std=self.std,
+                ).backbone
+                load_backbone(built, self.weights, uri=self.source)
+            except WeightsError as error:
+                refusals.append(error)
+            else:
+                return built
+        raise refusals[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a comparison: networks that differ in their seed alone."""
+
+    label: str
+    networks: tuple[JudgedNetwork, ...]
+
+
+def stored_config(specs: Sequence[str]) -> Config | None:
+    """Return the options of the first run among what is to be judged; None: there is none.
+
+    Raises:
+        CheckpointError: that run has no whole checkpoint.
+    """
+    for spec in specs:
+        for part in _parts(spec)[1]:
+            if _is_run(part):
+                return find_checkpoint(storage.absolute(part)).config
+    return None
+
+
+def open_rows(specs: Sequence[str], config: Config) -> list[Row]:
+    """Open everything that is to be judged.
+
+    Args:
+        specs: what users call it, as at the top of this module.
+        config: whose ``student``, ``teacher`` and ``run.seed`` ``untrained`` and ``teacher`` mean.
+
+    Raises:
+        PcdError: one of them cannot be had; it is named.
+    """
+    rows: list[Row] = []
+    for spec in specs:
+        label, parts = _parts(spec)
+        networks = []
+        for part in parts:
+            with naming(f"student {part!r}"):
+                networks.append(_opened(part, config))
+        label = label or (networks[0].label if len(networks) == 1 else _common_label(networks))
+        taken = {row.label for row in rows}
+        label = next(name for name in _numbered(label) if name not in taken)
+        rows.append(Row(label, tuple(replace(network, label=label) for network in networks)))
+    return rows
+
+
+def _parts(spec: str) -> tuple[str, list[str]]:
+    """Return the label that a user gave, and the networks of the row."""
+    match = None if storage.exists(storage.absolute(spec)) else _LABELLED.fullmatch(spec)
+    label, rest = (match[1].strip(), match[2]) if match else ("", spec)
+    parts = [part for part in rest.split(",") if part]
+    if not parts:
+        raise ConfigError(f"student {spec!r} names no network; give a run, a file or a timm name")
+    return label, parts
+
+
+def _common_label(networks: Sequence[JudgedNetwork]) -> str:
+    labels = [network.label for network in networks]
+    shared = labels[0]
+    while not all(label.startswith(shared) for label in labels):
+        shared = shared[:-1]
+    return shared.rstrip("0123456789").rstrip("_-. ") or labels[0]
+
+
+def _numbered(label: str) -> Sequence[str]:
+    return [label, *(f"{label} ({number})" for number in range(2, 1000))]
+
+
+def _opened(spec: str, config: Config) -> JudgedNetwork:
+    if spec == UNTRAINED:
+        return _of_student(UNTRAINED, config.student, config, source=f"seed {config.run.seed}")
+    if spec in _TEACHERS:
+        return _of_teacher(spec, config)
+    if _is_run(spec):
+        return _of_checkpoint(find_checkpoint(storage.absolute(spec)))
+    file, _, arch = spec.rpartition("@")
+    if not (file and is_known(arch)):
+        file, arch = spec, ""
+    if storage.exists(storage.absolute(file)):
+        return _of_file(storage.absolute(file), arch)
+    if is_known(spec):
+        return _published(spec, TeacherConfig(arch=spec, head="none"))
+    raise PcdError("is no run, no file and no timm name; give one of these, untrained, or teacher")
+
+
+def _is_run(spec: str) -> bool:
+    reserved = spec in (UNTRAINED, *_TEACHERS)
+    return not reserved and storage.is_folder(storage.absolute(spec))
+
+
+def _of_student(
+    label: str,
+    student: StudentConfig,
+    config: Config,
+    *,
+    source: str,
+    weights: dict[str, Tensor] | None = None,
+) -> JudgedNetwork:
+    """Return a student's backbone: untrained, or with the weights given."""
+    backbone = build_student(replace(config, student=student), []).backbone
+    if weights is not None:
+        load_backbone(backbone, weights, uri=source)
+    return JudgedNetwork(
+        label=label,
+        timm_name=student.backbone,
+        kwargs=student.kwargs,
+        output_stride=student.output_stride,
+        source=source,
+        **_facts(backbone),
+    )
+
+
+def _of_checkpoint(stored: Checkpoint) -> JudgedNetwork:
+    weights = {
+        key.removeprefix(_BODY): value
+        for key, value in stored.student_weights().items()
+        if key.startswith(_BODY)
+    }
+    above = storage.parent(stored.uri)
+    run = RunFolder(storage.parent(above)).uri if storage.name_of(above) == "checkpoints" else above
+    return replace(
+        _of_student(
+            storage.name_of(run),
+            stored.config.student,
+            stored.config,
+            source=f"{stored.uri}, step {stored.about['step']}",
+            weights=weights,
+        ),
+        licence=str(stored.about["teacher"]["licence"]),
+    )
+
+
+def _of_file(uri: str, arch: str) -> JudgedNetwork:
+    file = read_weights(uri)
+    label = storage.name_of(uri).rpartition(".")[0] or storage.name_of(uri)
+    said = file.metadata
+    if not str(said.get("made_by", "")).startswith("pcd_ray") or "config" not in said:
+        return _published(label, TeacherConfig(arch=arch, weights=uri, head="none"))
+    config = config_from_values(json.loads(said["config"]))
+    student = _of_student(label, config.student, config, source=uri, weights=file.tensors)
+    return replace(student, licence=str(said.get("teacher_licence", "")))
+
+
+def _of_teacher(name: str, config: Config) -> JudgedNetwork:
+    if name not in config.teachers:
+        raise ConfigError(f"there is no {name}; give its options, or leave it out")
+    return _published(name, config.teachers[name])
+
+
+def _published(label: str, teacher: TeacherConfig) -> JudgedNetwork:
+    loaded = load_teacher(teacher)
+    return JudgedNetwork(
+        label=label,
+        timm_name=loaded.backbone.name,
+        kwargs=loaded.backbone.kwargs,
+        published=True,
+        recentred=loaded.backbone.recentred,
+        source=loaded.identity.source,
+        licence=loaded.identity.licence,
+        **_facts(loaded.backbone),
+    )
+
+
+def _facts(backbone: Backbone) -> dict[str, Any]:
+    return {
+        "mean": tuple((backbone.mean.flatten() / 255).tolist()),
+        "std": tuple((backbone.std.flatten() / 255).tolist()),
+        "weights": {k: v.detach().clone() for k, v in backbone.body.state_dict().items()},
+        "sha256": tensors_sha256(backbone),
+    }
