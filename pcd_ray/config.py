@@ -621,6 +621,93 @@ class DetectConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentConfig:
+    """How a student is judged by semantic segmentation; the set is ``eval.segmentation``.
+
+    Values that are 0 by default are the preset's: common practice of the field [ours].
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    method: Literal["probe", "fcn"] = "probe"
+    """A linear classifier on the frozen map, or fine-tuning of the whole network with an FCN
+    head."""
+    preset: Literal["folder", "voc12", "cityscapes"] = "folder"
+    """Layout of the set, and values for the options below that are 0. ``folder``: images/, masks/,
+    classes.txt, train.txt, val.txt (and test.txt); ``voc12``: VOCdevkit/VOC2012 as downloaded, with
+    SegmentationClassAug where it is there; ``cityscapes``: leftImg8bit/ and gtFine/, 19 classes."""
+    probe_steps: int = 1000
+    """``probe``: optimiser steps, 16 images each."""
+    output_stride: Literal[0, 8, 16, 32] = 8
+    """``fcn``: pixels per position of the map; 0: the network's own. Where timm cannot dilate the
+    network so far, the map of an earlier stage is taken, and later stages are not used."""
+    head_channels: int = 0
+    """``fcn``: width of the head; 0: a quarter of the map's channels."""
+    dropout: float = 0.1
+    """``fcn``: share of the head's channels that a step leaves out."""
+    steps: int = 0
+    """``fcn``: optimiser steps; 0: 30,000 of ``voc12``, 90,000 of ``cityscapes``, else 100 passes
+    over train."""
+    global_batch_size: int = 16
+    """``fcn``: crops per optimiser step, over all workers."""
+    crop_px: int = 0
+    """``fcn``: side of a crop; 0: 513 of ``voc12``, 769 of ``cityscapes``, else the shorter side of
+    the first training image, at most 512."""
+    min_scale: float = 0.5
+    """``fcn``: an image is resized by a factor drawn from ``min_scale`` to ``max_scale``."""
+    max_scale: float = 2.0
+    """``fcn``: the largest such factor."""
+    flip_prob: float = 0.5
+    """``fcn``: probability of a horizontal flip."""
+    lr: float = 0.01
+    """``fcn``: learning rate of SGD at the start."""
+    head_lr_scale: float = 1.0
+    """``fcn``: factor of the head's learning rate; 10 is also common."""
+    momentum: float = 0.9
+    """``fcn``: momentum of SGD."""
+    weight_decay: float = 5e-4
+    """``fcn``: weight decay."""
+    poly_power: float = 0.9
+    """``fcn``: the rate is lr (1 - t / steps)^this."""
+    warmup_steps: int = 0
+    """``fcn``: steps of linear warm-up."""
+    clip_grad_norm: float = 0.0
+    """``fcn``: largest norm of the gradient; 0 leaves it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``fcn``: ``bf16`` autocasts to bfloat16."""
+    sync_batchnorm: bool = True
+    """``fcn``: BatchNorm statistics over all workers, on cuda."""
+    window_px: int = 0
+    """``fcn``: side of the windows that larger images are predicted in; 0: 769 of ``cityscapes``,
+    else whole images."""
+    window_stride_px: int = 0
+    """``fcn``: pixels from one window to the next, whose logits are averaged where they overlap; 0:
+    two thirds of ``window_px``."""
+    checkpoint_every_steps: int = 500
+    """``fcn``: optimiser steps between checkpoints, from which an interrupted one goes on."""
+    log_every_steps: int = 20
+    """``fcn``: optimiser steps between lines of progress."""
+
+    def __post_init__(self) -> None:
+        def require(option: str, ok: bool, wanted: str) -> None:
+            _require(ok, f"eval.segment.{option}", getattr(self, option), wanted)
+
+        for name in ("probe_steps", "global_batch_size", "log_every_steps", "lr", "head_lr_scale"):
+            require(name, getattr(self, name) > 0, "> 0")
+        for name in (
+            *("head_channels", "steps", "crop_px", "weight_decay", "poly_power", "warmup_steps"),
+            *("clip_grad_norm", "window_px", "window_stride_px", "checkpoint_every_steps"),
+        ):
+            require(name, getattr(self, name) >= 0, ">= 0")
+        for name in ("dropout", "momentum"):
+            require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        require("flip_prob", 0 <= self.flip_prob <= 1, "in [0, 1]")
+        require("min_scale", 0 < self.min_scale <= self.max_scale, f"in (0, {self.max_scale}]")
+        fits = not self.window_px or self.window_stride_px <= self.window_px
+        require("window_stride_px", fits, f"at most eval.segment.window_px={self.window_px}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """How a student is judged; labels are used here alone."""
 
@@ -642,8 +729,9 @@ class EvalConfig:
     linear: LinearConfig = field(default_factory=LinearConfig)
     """The linear probe of ``pcd-ray eval linear``."""
     segmentation: str = ""
-    """Folder with images/, masks/, train.txt, val.txt (and test.txt): a linear probe on the frozen
-    map is trained at the end of the run; empty: none."""
+    """Labelled segmentation set, laid out as ``eval.segment.preset`` says, a folder with images/,
+    masks/, train.txt, val.txt (and test.txt) by default: a linear probe on the frozen map is
+    trained at the end of the run; empty: none."""
     segmentation_size_px: int = 0
     """Height to which its images are resized; 0 keeps theirs."""
     image_size_px: int = 0
@@ -652,6 +740,8 @@ class EvalConfig:
     """Images per forward pass of an evaluation."""
     detect: DetectConfig = field(default_factory=DetectConfig)
     """Detection and instance segmentation."""
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    """Semantic segmentation."""
     seeds: int = 1
     """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
     out: str = ""
