@@ -27,7 +27,7 @@ _HOW = {
     "image": "image by image",
     "mse": "by regression of pixels",
 }
-_PICTURES = {
+PICTURES = {
     "pca_maps.png": "The same images as each network's frozen backbone sees them: the three "
     "strongest principal components of its map as red, green and blue.",
     "similarity.png": "What resembles the marked pixel: the cosine of its feature with that of "
@@ -89,7 +89,7 @@ def _curves(
 
 def _pictures(folder: RunFolder) -> list[Figure]:
     found = []
-    for name, caption in _PICTURES.items():
+    for name, caption in PICTURES.items():
         uri = folder.file("figures", name)
         if storage.exists(uri):
             found.append(Figure(storage.read_bytes(uri), caption))
