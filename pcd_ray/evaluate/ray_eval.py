@@ -1,10 +1,11 @@
 """``pcd-ray eval``: judge networks side by side on the cluster and write one page."""
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from PIL import Image
 
 from pcd_ray import storage
 from pcd_ray.config import Config
@@ -23,7 +24,7 @@ from pcd_ray.evaluate.side_by_side import (
     look_pictures,
     segmented_images,
 )
-from pcd_ray.evaluate.students import Row, open_rows, stored_config
+from pcd_ray.evaluate.students import JudgedNetwork, Row, open_rows, stored_config
 from pcd_ray.ray_cluster import WorkerShare, call_in_task, connect, share_for_workers
 
 _COMMON = ("images_per_forward", "image_size_px")
@@ -194,16 +195,23 @@ def _share(config: Config) -> WorkerShare:
 def _looks(kind: Kind, rows: Sequence[Row], config: Config, share: WorkerShare) -> dict[str, bytes]:
     """Draw the first network of each row on the same images."""
     drawn: dict[str, bytes] = call_in_task(
-        functools.partial(
-            look_pictures,
-            [row.networks[0] for row in rows],
-            kind.images(config),
-            pixel=config.eval.pixel,
-            size_px=config.eval.image_size_px or config.augment.image_size_px,
-        ),
+        _drawn,
+        [replace(row.networks[0], label=row.label) for row in rows],
+        kind.images(config),
+        config.eval.pixel,
+        config.eval.image_size_px or config.augment.image_size_px,
         share=replace(share, device="cpu"),
     )
     return drawn
+
+
+def _drawn(
+    networks: Sequence[JudgedNetwork],
+    images: Sequence[Image.Image],
+    pixel: tuple[float, float],
+    size_px: int,
+) -> dict[str, bytes]:
+    return look_pictures(networks, images, pixel=pixel, size_px=size_px)
 
 
 def _write(
