@@ -84,13 +84,13 @@ class FcnTask:
             ConfigError: it has no map of this stride, or takes no crops of this size.
             WeightsError: the weights do not fit.
         """
-        backbone = self.network.backbone(output_stride=self.settings.output_stride)
         crop = self.settings.crop_px
-        channels, _, _ = map_shape(backbone, crop, option="eval.segment.crop_px")
-        freeze_unused(backbone, crop)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # nobody's draws depend on whether it was built
             torch.manual_seed(derive_seed(self.settings.seed, "fcn_head"))
+            backbone = self.network.backbone(output_stride=self.settings.output_stride)
+            channels, _, _ = map_shape(backbone, crop, option="eval.segment.crop_px")
             head = self._head(channels)
+        freeze_unused(backbone, crop)
         return Fcn(backbone, head)
 
     def example(self, index: int, seed: int) -> Crop:
