@@ -365,7 +365,8 @@ class PairingConfig:
 
     kind: Literal["same_view", "cross_view_index", "cross_view_geometric"] = "same_view"
     """One crop for both networks [ours]; two crops paired by index [code]; two crops paired by
-    true image coordinates [ours]."""
+    true image coordinates [ours]. To ``loss.kind=image`` it says no more than whether both networks
+    see one crop or two; it takes the first two kinds."""
     radius: float = 0.7
     """``cross_view_geometric``: largest distance of paired cell centres, in cell diagonals."""
 
@@ -375,10 +376,15 @@ class PairingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Pixel-wise contrastive loss."""
+    """Pixel-wise contrastive loss, or a baseline to hold it against."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
+    kind: Literal["pixel", "image", "mse"] = "pixel"
+    """``pixel``: each student pixel against its positive and the queue, PCD [code]. ``image``: the
+    same with one pair per image, the student's head's map, pooled, against the teacher's published
+    vector. ``mse``: squared distance of paired unit pixels, 2 - 2 cos, without temperature, queue
+    or ``implementation``. The last two are baselines. [ours]"""
     temperature: float = 0.2
     """Softmax temperature tau, > 0; lower is sharper. [code]"""
     queue_size: int = 65_536
@@ -489,6 +495,49 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearConfig:
+    """Linear probe on pooled features: MoCo v3's SGD (momentum 0.9, no decay, cosine to 0)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    views: Literal["cached", "augmented"] = "cached"
+    """Features of one centre crop, computed once (``cached``), or of a new random resized crop and
+    flip in each epoch (``augmented``): the full protocol, one forward pass per image and epoch."""
+    epochs: int = 90
+    """Passes over the images."""
+    global_batch_size: int = 1024
+    """Images per step; at most as many as there are."""
+    base_lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Learning rates per 256 images, trained side by side; features of networks differ in norm and
+    spread, so that no one rate (MoCo v3's is 0.1) fits all."""
+    held_out_fraction: float = 0.1
+    """Share of the training images on which the rate is chosen, in (0, 0.5]; the classifier that is
+    reported has been trained on all of them. [ours]"""
+    standardise: bool = True
+    """Bring each channel to mean 0 and variance 1 over the training images' centre crops. [ours]"""
+    min_scale: float = 0.08
+    """``augmented``: smallest share of an image's area that a crop may cover."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size"):
+            _require(getattr(self, name) > 0, f"eval.linear.{name}", getattr(self, name), "> 0")
+        rates = self.base_lrs
+        _require(
+            bool(rates) and min(rates) > 0 and len(set(rates)) == len(rates),
+            "eval.linear.base_lrs",
+            rates,
+            "different numbers > 0",
+        )
+        _require(
+            0 < self.held_out_fraction <= 0.5,
+            "eval.linear.held_out_fraction",
+            self.held_out_fraction,
+            "in (0, 0.5]",
+        )
+        _require(0 < self.min_scale <= 1, "eval.linear.min_scale", self.min_scale, "in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DetectConfig:
     """Fine-tuning a detector on a student, whole; the defaults are COCO's usual schedule."""
 
@@ -572,6 +621,93 @@ class DetectConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentConfig:
+    """How a student is judged by semantic segmentation; the set is ``eval.segmentation``.
+
+    Values that are 0 by default are the preset's: common practice of the field [ours].
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    method: Literal["probe", "fcn"] = "probe"
+    """A linear classifier on the frozen map, or fine-tuning of the whole network with an FCN
+    head."""
+    preset: Literal["folder", "voc12", "cityscapes"] = "folder"
+    """Layout of the set, and values for the options below that are 0. ``folder``: images/, masks/,
+    classes.txt, train.txt, val.txt (and test.txt); ``voc12``: VOCdevkit/VOC2012 as downloaded, with
+    SegmentationClassAug where it is there; ``cityscapes``: leftImg8bit/ and gtFine/, 19 classes."""
+    probe_steps: int = 1000
+    """``probe``: optimiser steps, 16 images each."""
+    output_stride: Literal[0, 8, 16, 32] = 8
+    """``fcn``: pixels per position of the map; 0: the network's own. Where timm cannot dilate the
+    network so far, the map of an earlier stage is taken, and later stages are not used."""
+    head_channels: int = 0
+    """``fcn``: width of the head; 0: a quarter of the map's channels."""
+    dropout: float = 0.1
+    """``fcn``: share of the head's channels that a step leaves out."""
+    steps: int = 0
+    """``fcn``: optimiser steps; 0: 30,000 of ``voc12``, 90,000 of ``cityscapes``, else 100 passes
+    over train."""
+    global_batch_size: int = 16
+    """``fcn``: crops per optimiser step, over all workers."""
+    crop_px: int = 0
+    """``fcn``: side of a crop; 0: 513 of ``voc12``, 769 of ``cityscapes``, else the shorter side of
+    the first training image, at most 512."""
+    min_scale: float = 0.5
+    """``fcn``: an image is resized by a factor drawn from ``min_scale`` to ``max_scale``."""
+    max_scale: float = 2.0
+    """``fcn``: the largest such factor."""
+    flip_prob: float = 0.5
+    """``fcn``: probability of a horizontal flip."""
+    lr: float = 0.01
+    """``fcn``: learning rate of SGD at the start."""
+    head_lr_scale: float = 1.0
+    """``fcn``: factor of the head's learning rate; 10 is also common."""
+    momentum: float = 0.9
+    """``fcn``: momentum of SGD."""
+    weight_decay: float = 5e-4
+    """``fcn``: weight decay."""
+    poly_power: float = 0.9
+    """``fcn``: the rate is lr (1 - t / steps)^this."""
+    warmup_steps: int = 0
+    """``fcn``: steps of linear warm-up."""
+    clip_grad_norm: float = 0.0
+    """``fcn``: largest norm of the gradient; 0 leaves it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``fcn``: ``bf16`` autocasts to bfloat16."""
+    sync_batchnorm: bool = True
+    """``fcn``: BatchNorm statistics over all workers, on cuda."""
+    window_px: int = 0
+    """``fcn``: side of the windows that larger images are predicted in; 0: 769 of ``cityscapes``,
+    else whole images."""
+    window_stride_px: int = 0
+    """``fcn``: pixels from one window to the next, whose logits are averaged where they overlap; 0:
+    two thirds of ``window_px``."""
+    checkpoint_every_steps: int = 500
+    """``fcn``: optimiser steps between checkpoints, from which an interrupted one goes on."""
+    log_every_steps: int = 20
+    """``fcn``: optimiser steps between lines of progress."""
+
+    def __post_init__(self) -> None:
+        def require(option: str, ok: bool, wanted: str) -> None:
+            _require(ok, f"eval.segment.{option}", getattr(self, option), wanted)
+
+        for name in ("probe_steps", "global_batch_size", "log_every_steps", "lr", "head_lr_scale"):
+            require(name, getattr(self, name) > 0, "> 0")
+        for name in (
+            *("head_channels", "steps", "crop_px", "weight_decay", "poly_power", "warmup_steps"),
+            *("clip_grad_norm", "window_px", "window_stride_px", "checkpoint_every_steps"),
+        ):
+            require(name, getattr(self, name) >= 0, ">= 0")
+        for name in ("dropout", "momentum"):
+            require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        require("flip_prob", 0 <= self.flip_prob <= 1, "in [0, 1]")
+        require("min_scale", 0 < self.min_scale <= self.max_scale, f"in (0, {self.max_scale}]")
+        fits = not self.window_px or self.window_stride_px <= self.window_px
+        require("window_stride_px", fits, f"at most eval.segment.window_px={self.window_px}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """How a student is judged; labels are used here alone."""
 
@@ -580,14 +716,22 @@ class EvalConfig:
     every_epochs: int = 0
     """Epochs between kNN evaluations while training; 0: at the end alone."""
     knn_train: str = ""
-    """Labelled folder (class subfolders) or packed shards whose images vote; empty: no kNN."""
+    """Labelled folder (class subfolders), packed shards or list file whose images vote, and which
+    the linear probe trains on; empty: neither."""
     knn_test: str = ""
-    """Labelled folder or packed shards whose images are classified."""
+    """Labelled images of the same kinds that are classified."""
     knn_k: int = 20
-    """Neighbours that vote, each with weight exp(cosine / 0.07); one neighbour is reported too."""
+    """Neighbours that vote while a run trains and at its end, each with weight exp(cosine / 0.07);
+    one neighbour is reported too."""
+    knn_ks: tuple[int, ...] = ()
+    """Numbers of neighbours of ``pcd-ray eval knn``; empty: 1, 10, 20, 100 and 200, as far as there
+    are images that vote."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    """The linear probe of ``pcd-ray eval linear``."""
     segmentation: str = ""
-    """Folder with images/, masks/, train.txt, val.txt (and test.txt): a linear probe on the frozen
-    map is trained at the end of the run; empty: none."""
+    """Labelled segmentation set, laid out as ``eval.segment.preset`` says, a folder with images/,
+    masks/, train.txt, val.txt (and test.txt) by default: a linear probe on the frozen map is
+    trained at the end of the run; empty: none."""
     segmentation_size_px: int = 0
     """Height to which its images are resized; 0 keeps theirs."""
     image_size_px: int = 0
@@ -596,15 +740,33 @@ class EvalConfig:
     """Images per forward pass of an evaluation."""
     detect: DetectConfig = field(default_factory=DetectConfig)
     """Detection and instance segmentation."""
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    """Semantic segmentation."""
     seeds: int = 1
     """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
     out: str = ""
     """Folder of ``pcd-ray eval``; empty: ``eval`` in the first run judged, else in ``run.root``."""
+    pixel: tuple[float, float] = (0.5, 0.5)
+    """The place that pictures ask about (what resembles it, attends to it): shares of an image's
+    width and height in [0, 1], from the left and the top."""
 
     def __post_init__(self) -> None:
+        _require(
+            all(0 <= share <= 1 for share in self.pixel),
+            "eval.pixel",
+            list(self.pixel),
+            "two shares in [0, 1]",
+        )
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
         _require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
+        ks = self.knn_ks
+        _require(
+            min(ks, default=1) > 0 and len(set(ks)) == len(ks),
+            "eval.knn_ks",
+            ks,
+            "different numbers > 0",
+        )
         _require(self.image_size_px >= 0, "eval.image_size_px", self.image_size_px, ">= 0")
         _require(
             self.segmentation_size_px >= 0,
@@ -668,6 +830,15 @@ class Config:
     """Judging."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """The student file."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.loss.kind != "image" or self.pairing.kind != "cross_view_geometric",
+            "pairing.kind",
+            self.pairing.kind,
+            "same_view (one crop) or cross_view_index (two) with loss.kind=image, which pools "
+            "positions instead of pairing them",
+        )
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
@@ -865,7 +1036,7 @@ def _problem(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         story = str(item["ctx"]["error"])
         second = path.startswith("teacher_2") and story.startswith("teacher.")
-        return story.replace("teacher.", "teacher_2.", 1) if second else story
+        return story.replace("teacher.", "teacher_2.") if second else story
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; give a value"
     if item["type"] == "dataclass_type":

@@ -71,6 +71,8 @@ def train(config: Config) -> TrainResult:
     log = RunLog(folder, total_steps=found.plan.steps)
     try:
         if found.steps_done < found.plan.steps:
+            for option, note in found.plan.notes.items():
+                log.say(f"note: {option}: {note}")
             _fit(config, folder, found.share, log)
     finally:
         log.close()
@@ -165,14 +167,19 @@ def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:
 
 def _refuse_other_teachers(config: Config, plan: RunPlan, stored: Checkpoint) -> None:
     """Refuse to go on with a run when what lies in a teacher's place has changed."""
-    changes = []
+    changes, folder = [], RunFolder.of(config)
     for name, teacher in config.teachers.items():
         sha256 = plan.identities[name]["sha256"]
-        if sha256 not in ("", stored.about[name]["sha256"]):
-            place = teacher.weights or teacher.arch
+        place = teacher.weights or teacher.arch
+        if not sha256:  # a head would be fitted anew
+            changes.append(
+                f"{name}.weights: the weights of {place} are others than those that the run fitted "
+                f"a head to, or {folder.fitted_head(name)} is gone"
+            )
+        elif sha256 != stored.about[name]["sha256"]:
             changes.append(f"{name}.weights: the weights of {place} are others")
     if changes:
-        _refuse(RunFolder.of(config), stored, changes)
+        _refuse(folder, stored, changes)
 
 
 def _refuse(folder: RunFolder, stored: Checkpoint, changes: list[str]) -> NoReturn:

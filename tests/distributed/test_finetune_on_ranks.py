@@ -9,6 +9,7 @@ from finetune_parts import CPU, SmallTask, finetune_settings, trained_state
 from ranks import run_on_ranks
 
 from pcd_ray.checkpoint import to_host
+from pcd_ray.evaluate.fcn import mean_over_labelled
 from pcd_ray.evaluate.finetune import finetune_steps, new_state
 
 TASK = SmallTask(num_images=11)
@@ -52,3 +53,23 @@ def test_ranks_that_stopped_and_went_on_end_with_the_same_bits() -> None:
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both() -> None:
     with pytest.raises(RuntimeError, match="is not finite at step"):
         run_on_ranks(2, trained, SmallTask(num_images=11, poison=5))
+
+
+def loss_and_gradient(part: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a segmentation batch of which the ranks have parts with other shares of void."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 6, 6, generator=random, dtype=torch.float64)
+    masks = torch.randint(0, 3, (4, 6, 6), generator=random)
+    masks[:2, 1:] = 255
+    rows = part or slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    weight = torch.ones(3, 1, 1, dtype=torch.float64, requires_grad=True)
+    loss = mean_over_labelled(weight * logits[rows], masks[rows])
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return loss.detach(), gradient
+
+
+def test_the_mean_over_labelled_pixels_is_that_of_all_ranks() -> None:
+    alone = loss_and_gradient(slice(0, 4))
+    ranks = run_on_ranks(2, loss_and_gradient, None)
+    for expected, *found in zip(alone, *ranks, strict=True):
+        torch.testing.assert_close(torch.stack(found).mean(dim=0), expected)

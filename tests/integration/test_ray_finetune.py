@@ -4,12 +4,15 @@ import contextlib
 import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import finetune_parts
+import processes
 import pytest
 import torch
 from finetune_parts import SmallTask, finetune_settings, trained_state
@@ -27,6 +30,19 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 CONFIG = config_from_values({"train": {"threads_per_worker": 1, "keep_checkpoints": 2}})
 TASK = SmallTask(batchnorm=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks_of_tests() -> Iterator[None]:
+    """Let workers have classes of tests, which they cannot import."""
+    from ray import cloudpickle
+
+    modules = (finetune_parts, processes, sys.modules[__name__])
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    yield
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.fixture(scope="module", autouse=True)
