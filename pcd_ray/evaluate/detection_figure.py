@@ -27,6 +27,7 @@ SHOWN_SCORE = 0.5
 
 _WIDTH_IN = 10.0
 _DPI = 130
+_HIGHEST = 0.8  # of a picture, in its width
 _MOST_PX = 640  # pixels of an image's long side in the figure
 _INK, _FAINT = "#2b2f36", "#6b7280"
 _VEIL = 0.5  # how much of a mask's colour is seen
@@ -96,7 +97,7 @@ def detection_grid(
         truth, found: what is marked on them.
         classes: names, by label.
     """
-    shapes = [image.height / image.width for image in images]
+    shapes = [min(_HIGHEST, image.height / image.width) for image in images]
     side = _WIDTH_IN / 2
     figure = Figure(figsize=(_WIDTH_IN, side * sum(shapes) + 0.8), layout="constrained")
     axes = figure.subplots(len(images), 2, squeeze=False, height_ratios=shapes)
@@ -158,7 +159,7 @@ def _draw_box(
         textcoords="offset points",
         ha="left",
         va="top",
-        fontsize=7.5,
+        fontsize=8.5,
         color=_INK,
         path_effects=[patheffects.withStroke(linewidth=2.2, foreground="white")],
         annotation_clip=True,
