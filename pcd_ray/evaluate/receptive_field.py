@@ -41,7 +41,7 @@ def effective_receptive_field(feature_map: FeatureMap, images: Tensor, *, seed: 
         pixels = brought_to(feature_map, image[None]).float().requires_grad_()
         with torch.enable_grad():
             features = feature_map(pixels)[0]  # (C, h, w)
-        unit = features[:, features.shape[1] // 2, features.shape[2] // 2]  # (C,)
+            unit = features[:, features.shape[1] // 2, features.shape[2] // 2]  # (C,)
         signs = torch.randint(0, 2, unit.shape, generator=random) * 2 - 1
         (gradient,) = torch.autograd.grad(unit, pixels, signs.to(unit))
         moved += gradient[0].abs().sum(dim=2).double().cpu()

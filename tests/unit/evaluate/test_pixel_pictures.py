@@ -7,7 +7,7 @@ from pcd_ray.distill.mhsa import MhsaNeck
 from pcd_ray.distill.student import Student
 from pcd_ray.evaluate.pixel_pictures import draw_pixel_pictures
 
-IMAGES = images(0, 3, 64)
+IMAGES = images(0, 2, 64)
 NETWORKS = {"untrained": small_backbone(0, 8).eval(), "student": small_backbone(1, 8).eval()}
 BARE = {"similarity.png", "similarity_across.png", "receptive_fields.png"}
 

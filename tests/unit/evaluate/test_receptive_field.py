@@ -106,7 +106,9 @@ def test_a_neck_changes_nothing_before_training_and_reaches_all_positions_after(
     neck = MhsaNeck(8, depth=1, heads=2).eval()
     pixels = images(1, 3, 64)
     bare = effective_receptive_field(backbone, pixels)
-    assert torch.equal(effective_receptive_field(nn.Sequential(backbone, neck), pixels), bare)
+    assert torch.equal(
+        effective_receptive_field(nn.Sequential(backbone, neck).eval(), pixels), bare
+    )
     nn.init.normal_(neck[0].projection.weight, generator=torch.Generator().manual_seed(0))
     wide = effective_receptive_field(nn.Sequential(backbone, neck).eval(), pixels)
     cells = wide.unfold(0, 8, 8).unfold(1, 8, 8).sum(dim=(2, 3))  # (8, 8): a cell per position
