@@ -259,7 +259,7 @@ def _smooth(points: NDArray[np.float64]) -> NDArray[np.float64]:
 def _dress(axis: Axes, title: str) -> None:
     axis.set_title(title, fontsize=10, color=INK, loc="left")
     axis.tick_params(labelsize=8, colors=FAINT, length=0, labelbottom=True)
-    axis.locator_params(axis="x", nbins=4)
+    axis.locator_params(axis="x", nbins=4, integer=True)  # steps are whole
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     for side, spine in axis.spines.items():

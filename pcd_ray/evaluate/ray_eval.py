@@ -14,7 +14,7 @@ from pcd_ray.evaluate.comparison import Estimate, compare, plain
 from pcd_ray.evaluate.eval_report import write_eval_report
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.judging import Kind, judge_rows, out_folder
-from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear
+from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear, neighbours
 from pcd_ray.evaluate.ray_detection import judge_detection, open_detection_set
 from pcd_ray.evaluate.ray_segmentation import judge_segmentation
 from pcd_ray.evaluate.scores import Scores
@@ -34,6 +34,12 @@ def _labelled_images(config: Config) -> dict[str, str]:
     return {"eval.knn_train": config.eval.knn_train, "eval.knn_test": config.eval.knn_test}
 
 
+def _check_neighbours(config: Config) -> None:
+    images = open_knn_images(config)
+    if images is not None:
+        neighbours(config.eval.knn_ks, images.train.num_rows)
+
+
 KINDS = {
     kind.name: kind
     for kind in (
@@ -43,7 +49,7 @@ KINDS = {
             judge=judge_knn,
             options=(*_COMMON, "knn_train", "knn_test", "knn_ks"),
             sets=_labelled_images,
-            check=open_knn_images,
+            check=_check_neighbours,
             images=classified_images,
             draws=False,
             on_features=True,
