@@ -495,6 +495,132 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearConfig:
+    """Linear probe on pooled features: MoCo v3's SGD (momentum 0.9, no decay, cosine to 0)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    views: Literal["cached", "augmented"] = "cached"
+    """Features of one centre crop, computed once (``cached``), or of a new random resized crop and
+    flip in each epoch (``augmented``): the full protocol, one forward pass per image and epoch."""
+    epochs: int = 90
+    """Passes over the images."""
+    global_batch_size: int = 1024
+    """Images per step; at most as many as there are."""
+    base_lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Learning rates per 256 images, trained side by side; features of networks differ in norm and
+    spread, so that no one rate (MoCo v3's is 0.1) fits all."""
+    held_out_fraction: float = 0.1
+    """Share of the training images on which the rate is chosen, in (0, 0.5]; the classifier that is
+    reported has been trained on all of them. [ours]"""
+    standardise: bool = True
+    """Bring each channel to mean 0 and variance 1 over the training images' centre crops. [ours]"""
+    min_scale: float = 0.08
+    """``augmented``: smallest share of an image's area that a crop may cover."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size"):
+            _require(getattr(self, name) > 0, f"eval.linear.{name}", getattr(self, name), "> 0")
+        rates = self.base_lrs
+        _require(
+            bool(rates) and min(rates) > 0 and len(set(rates)) == len(rates),
+            "eval.linear.base_lrs",
+            rates,
+            "different numbers > 0",
+        )
+        _require(
+            0 < self.held_out_fraction <= 0.5,
+            "eval.linear.held_out_fraction",
+            self.held_out_fraction,
+            "in (0, 0.5]",
+        )
+        _require(0 < self.min_scale <= 1, "eval.linear.min_scale", self.min_scale, "in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectConfig:
+    """Fine-tuning a detector on a student, whole; the defaults are COCO's usual schedule."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    data: str = ""
+    """Folder with images/, instances_train.json and instances_val.json, or COCO 2017 as it is
+    downloaded; empty: none."""
+    masks: bool = True
+    """Mask R-CNN (boxes and masks), or Faster R-CNN (boxes)."""
+    preset: Literal["coco_1x", "coco_2x"] = "coco_1x"
+    """Steps where ``steps`` is 0: 90,000 or 180,000. The rate falls to a tenth after 2/3 and 8/9 of
+    all steps."""
+    steps: int = 0
+    """Optimiser steps; 0: the preset's."""
+    fraction: float = 1.0
+    """Share of the steps, and of the images of both splits, in (0, 1]; below 1 a smoke run."""
+    global_batch_size: int = 16
+    """Images per step, over all workers."""
+    lr_per_16_images: float = 0.02
+    """Learning rate per 16 images of the global batch."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up, at most a tenth of all."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Decay of all weights but those of norms."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient; 0 leaves it."""
+    min_short_side_px: int = 640
+    """Training draws the short side of each image from here ..."""
+    max_short_side_px: int = 800
+    """... to here, in steps of 32 pixels; judging takes this one."""
+    max_long_side_px: int = 1333
+    """Longest side of an image, in pixels."""
+    flip_prob: float = 0.5
+    """Probability of mirroring left and right."""
+    box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"
+    """Four convolutions with BatchNorm and a linear layer, or two linear layers without norm, which
+    cost an eighth."""
+    rois_per_image: int = 512
+    """Regions of each image that train the box head."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: backbone and pyramid in autocast to bfloat16; heads stay in float32."""
+    num_workers: int = 1
+    """Ray Train workers; one GPU each on cuda, with BatchNorm over all of them."""
+    checkpoint_every_steps: int = 1000
+    """Optimiser steps between checkpoints."""
+    log_every_steps: int = 20
+    """Optimiser steps between two lines of progress."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.fraction <= 1, "eval.detect.fraction", self.fraction, "in (0, 1]")
+        _require(0 <= self.flip_prob <= 1, "eval.detect.flip_prob", self.flip_prob, "in [0, 1]")
+        _require(0 <= self.momentum < 1, "eval.detect.momentum", self.momentum, "in [0, 1)")
+        for name in (
+            "global_batch_size",
+            "lr_per_16_images",
+            "min_short_side_px",
+            "rois_per_image",
+            "num_workers",
+            "checkpoint_every_steps",
+            "log_every_steps",
+        ):
+            _require(getattr(self, name) > 0, f"eval.detect.{name}", getattr(self, name), "> 0")
+        for name in ("steps", "warmup_steps", "weight_decay", "clip_grad_norm"):
+            _require(getattr(self, name) >= 0, f"eval.detect.{name}", getattr(self, name), ">= 0")
+        _require(
+            self.min_short_side_px <= self.max_short_side_px <= self.max_long_side_px,
+            "eval.detect.max_short_side_px",
+            self.max_short_side_px,
+            f"in [min_short_side_px={self.min_short_side_px}, "
+            f"max_long_side_px={self.max_long_side_px}]",
+        )
+        _require(
+            self.global_batch_size % self.num_workers == 0,
+            "eval.detect.global_batch_size",
+            self.global_batch_size,
+            f"a multiple of eval.detect.num_workers={self.num_workers}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentConfig:
     """How a student is judged by semantic segmentation; the set is ``eval.segmentation``.
 
@@ -590,11 +716,18 @@ class EvalConfig:
     every_epochs: int = 0
     """Epochs between kNN evaluations while training; 0: at the end alone."""
     knn_train: str = ""
-    """Labelled folder (class subfolders) or packed shards whose images vote; empty: no kNN."""
+    """Labelled folder (class subfolders), packed shards or list file whose images vote, and which
+    the linear probe trains on; empty: neither."""
     knn_test: str = ""
-    """Labelled folder or packed shards whose images are classified."""
+    """Labelled images of the same kinds that are classified."""
     knn_k: int = 20
-    """Neighbours that vote, each with weight exp(cosine / 0.07); one neighbour is reported too."""
+    """Neighbours that vote while a run trains and at its end, each with weight exp(cosine / 0.07);
+    one neighbour is reported too."""
+    knn_ks: tuple[int, ...] = ()
+    """Numbers of neighbours of ``pcd-ray eval knn``; empty: 1, 10, 20, 100 and 200, as far as there
+    are images that vote."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    """The linear probe of ``pcd-ray eval linear``."""
     segmentation: str = ""
     """Labelled segmentation set, laid out as ``eval.segment.preset`` says, a folder with images/,
     masks/, train.txt, val.txt (and test.txt) by default: a linear probe on the frozen map is
@@ -605,17 +738,35 @@ class EvalConfig:
     """Side of the centre crop for kNN; 0 takes ``augment.image_size_px``."""
     images_per_forward: int = 64
     """Images per forward pass of an evaluation."""
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    """Detection and instance segmentation."""
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     """Semantic segmentation."""
     seeds: int = 1
     """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
     out: str = ""
     """Folder of ``pcd-ray eval``; empty: ``eval`` in the first run judged, else in ``run.root``."""
+    pixel: tuple[float, float] = (0.5, 0.5)
+    """The place that pictures ask about (what resembles it, attends to it): shares of an image's
+    width and height in [0, 1], from the left and the top."""
 
     def __post_init__(self) -> None:
+        _require(
+            all(0 <= share <= 1 for share in self.pixel),
+            "eval.pixel",
+            list(self.pixel),
+            "two shares in [0, 1]",
+        )
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
         _require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
+        ks = self.knn_ks
+        _require(
+            min(ks, default=1) > 0 and len(set(ks)) == len(ks),
+            "eval.knn_ks",
+            ks,
+            "different numbers > 0",
+        )
         _require(self.image_size_px >= 0, "eval.image_size_px", self.image_size_px, ">= 0")
         _require(
             self.segmentation_size_px >= 0,
@@ -885,7 +1036,7 @@ def _problem(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         story = str(item["ctx"]["error"])
         second = path.startswith("teacher_2") and story.startswith("teacher.")
-        return story.replace("teacher.", "teacher_2.", 1) if second else story
+        return story.replace("teacher.", "teacher_2.") if second else story
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; give a value"
     if item["type"] == "dataclass_type":

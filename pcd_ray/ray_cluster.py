@@ -5,11 +5,13 @@ Resource names and how CPUs are shared between training workers and data tasks a
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
-from pcd_ray.errors import ClusterError
+from pcd_ray.errors import ClusterError, PcdError
 
 _OBJECT_STORE_SHARE = 0.2  # of this machine's memory, when we start Ray ourselves
 PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -17,6 +19,7 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
 _SMALL_CPUS = 4  # up to this many, workers reserve none of them
+_CPUS_PER_ACTOR = 4  # of a pool that computes on CPUs; more threads scale badly
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,58 @@ def share_for_workers(
     return WorkerShare(chosen, cpus, threads_per_worker or max(1, cores // workers_per_node))
 
 
+def share_for_pool(
+    have: ClusterResources, *, device: str, most: int, cpus_per_data_task: float
+) -> tuple[int, WorkerShare]:
+    """Decide how many actors compute for Ray Data, and what each gets; its tasks keep CPUs.
+
+    Args:
+        have: the cluster.
+        device: ``cpu`` or ``cuda``.
+        most: actors that there is work for.
+        cpus_per_data_task: ``data.cpus_per_task``.
+
+    Raises:
+        ClusterError: the cluster cannot hold one actor and one data task.
+    """
+    wanted = have.gpus if device == "cuda" else have.cpus / _CPUS_PER_ACTOR
+    size = max(1, min(most, int(wanted)))
+    return size, share_for_workers(
+        have,
+        num_workers=size,
+        device=device,
+        cpus_per_worker=0.0,
+        threads_per_worker=0,
+        cpus_per_data_task=cpus_per_data_task,
+    )
+
+
+def call_in_task(work: Callable[..., Any], *args: Any, share: WorkerShare) -> Any:
+    """Call a function in a Ray task that gets a worker's share; return its result.
+
+    Raises:
+        PcdError: ``work`` raised it.
+        ClusterError: the task's process or node died.
+    """
+    threads = {"OMP_NUM_THREADS": str(share.threads)}
+    task = ray.remote(
+        num_cpus=share.cpus,
+        num_gpus=1 if share.device == "cuda" else 0,
+        runtime_env={"env_vars": PASSIVE_THREADS | threads},
+    )(work)
+    try:
+        return ray.get(task.remote(*args))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PcdError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"a process that computes died ({str(error).strip().splitlines()[0]}); it may have run "
+            "out of memory: give the same command again, on a larger machine if need be"
+        ) from error
+
+
 def _cpus_per_worker(
     have: ClusterResources, num_workers: int, device: str, cpus_per_data_task: float
 ) -> float:
@@ -141,7 +196,9 @@ def _cpus_per_worker(
     # Processes share cores through the operating system whatever Ray reserves, and back-pressure
     # keeps data tasks from running ahead: what matters is that reservations leave them room. On a
     # small machine workers reserve nothing, on larger clusters half of the CPUs together.
-    return 0.0 if have.cpus <= _SMALL_CPUS else round(have.cpus / 2 / num_workers, 3)
+    if have.cpus <= _SMALL_CPUS:
+        return 0.0
+    return round(have.cpus / 2 / max(num_workers, have.nodes), 3)  # one must fit on a node
 
 
 def _object_store_bytes() -> int:

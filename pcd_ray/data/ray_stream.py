@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,22 +11,28 @@ import ray
 import ray.data
 
 from pcd_ray.config import DataConfig
-from pcd_ray.errors import PcdError, ShardError
+from pcd_ray.errors import ConfigError, PcdError, ShardError, TrainingError, WeightsError
+from pcd_ray.ray_cluster import PASSIVE_THREADS
 from pcd_ray.storage import StorageError
 
 Batch = dict[str, np.ndarray[Any, Any]]
+Stage = Callable[[Batch], Batch]
+"""Turns a block into another."""
 
 SEGMENT_CHUNKS = 1024
 """Chunks of one execution: it costs 1 to 2 ms for each before its first block comes out."""
 OVERLAP_CHUNKS = 256
 """Chunks before the end of an execution at which the next one starts."""
 _ERROR = "error"
-_KINDS = {kind.__name__: kind for kind in (ShardError, StorageError)}
+_KINDS = {
+    kind.__name__: kind
+    for kind in (ConfigError, ShardError, StorageError, TrainingError, WeightsError)
+}
 _STORE_SHARE = 0.4  # of the object store: what all streams together may fill
 
 
 def stream_chunks(
-    make: Callable[[Batch], Batch],
+    make: Stage,
     chunks: int,
     *,
     data: DataConfig,
@@ -45,14 +52,16 @@ def stream_chunks(
         num_streams: executions that share the object store, e.g. one per rank.
 
     Raises:
-        PcdError: ``make`` raised it: a StorageError as it is, others as a ShardError.
+        PcdError: ``make`` raised it.
     """
     context = _quiet_context(num_streams)
 
     def segment(first: int) -> _Segment:
         stop = min(first + SEGMENT_CHUNKS, chunks)
         return _Segment(
-            _execution(make, first, stop, data=data, chunks_ahead=chunks_ahead, context=context)
+            _execution(
+                make, range(first, stop), data=data, chunks_ahead=chunks_ahead, context=context
+            )
         )
 
     alive = [segment(0)]
@@ -64,14 +73,90 @@ def stream_chunks(
                     if number == SEGMENT_CHUNKS - OVERLAP_CHUNKS and following < chunks:
                         alive.append(segment(following))
                         alive[1].begin(starter)
-                    if _ERROR in block:
-                        kind, message = block[_ERROR].tolist()
-                        raise _KINDS.get(kind, ShardError)(message)
-                    yield block
+                    yield _checked(block)
                 alive.pop(0)
         finally:
             for execution in alive:
                 execution.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorPool:
+    """Processes that hold something costly to make, such as a network, and work on blocks."""
+
+    build: Callable[[], Stage]
+    """Called once in each actor; what it returns is called on each block."""
+    size: int
+    """Actors."""
+    cpus: float
+    """CPUs that one reserves."""
+    gpus: float
+    """GPUs that one reserves."""
+
+
+def stream_through_pool(
+    make: Stage, pool: ActorPool, chunks: int, *, data: DataConfig, chunks_ahead: int
+) -> Generator[Batch]:
+    """Make blocks as `stream_chunks` does, hand each to an actor of a pool, yield in order.
+
+    It is one execution, since the pool lives as long as that. Closing the generator ends all.
+
+    Args:
+        make: turns a chunk number into a block, in a task.
+        pool: turns that block into the one that is yielded; must leave CPUs to the tasks.
+        chunks: how many chunks there are.
+        data: CPUs per task.
+        chunks_ahead: blocks kept ready here beyond the one that is yielded.
+
+    Raises:
+        PcdError: ``make`` or the pool raised it.
+    """
+    blocks = _execution(
+        make,
+        range(chunks),
+        data=data,
+        chunks_ahead=chunks_ahead,
+        context=_quiet_context(1),
+        pool=pool,
+    )
+    try:
+        for block in blocks:
+            yield _checked(block)
+    finally:
+        blocks.close()
+
+
+class _Actor:
+    """One actor of a pool."""
+
+    def __init__(self, build: Callable[[], Stage]) -> None:
+        self._build = build
+        self._work: Stage | None = None
+
+    def __call__(self, block: Batch) -> Batch:
+        if _ERROR in block:
+            return block
+        return _guarded(self._worked, block)
+
+    def _worked(self, block: Batch) -> Batch:
+        if self._work is None:  # here, where its error can travel as data
+            self._work = self._build()
+        return self._work(block)
+
+
+def _guarded(work: Stage, block: Batch) -> Batch:
+    try:
+        return work(block)
+    except PcdError as error:  # travels as data: Ray would bury its text in stack traces
+        return {_ERROR: np.array([type(error).__name__, str(error)])}
+
+
+def _checked(block: Batch) -> Batch:
+    """Raise the error that a block is, if it is one."""
+    if _ERROR in block:
+        kind, message = block[_ERROR].tolist()
+        raise _KINDS.get(kind, ShardError)(message)
+    return block
 
 
 class _Segment:
@@ -97,28 +182,36 @@ class _Segment:
 
 
 def _execution(
-    make: Callable[[Batch], Batch],
-    first: int,
-    stop: int,
+    make: Stage,
+    numbers: range,
     *,
     data: DataConfig,
     chunks_ahead: int,
     context: ray.data.DataContext,
+    pool: ActorPool | None = None,
 ) -> Generator[Batch]:
-    """Yield what ``make`` returns for chunks [first, stop), in order."""
+    """Yield what ``make``, and then the pool, return for these chunks, in order."""
 
-    def guarded(numbers: Batch) -> Batch:
-        try:
-            return make({"id": numbers["id"] + first})
-        except PcdError as error:  # travels as data: Ray would bury its text in stack traces
-            return {_ERROR: np.array([type(error).__name__, str(error)])}
+    def made(places: Batch) -> Batch:
+        return _guarded(make, {"id": places["id"] + numbers.start})
 
     with ray.data.DataContext.current(context):
-        dataset = ray.data.range(stop - first, override_num_blocks=stop - first).map_batches(
-            guarded,
+        count = len(numbers)
+        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+            made,
             batch_size=None,  # a whole block of one number; any size given would forbid fusion
             num_cpus=data.cpus_per_task,
         )
+        if pool is not None:
+            dataset = dataset.map_batches(
+                _Actor,
+                fn_constructor_args=(pool.build,),
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(size=pool.size),
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus,
+                runtime_env={"env_vars": PASSIVE_THREADS},
+            )
     yield from dataset.iter_batches(batch_size=None, prefetch_batches=chunks_ahead)
 
 

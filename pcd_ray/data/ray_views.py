@@ -16,11 +16,9 @@ from pcd_ray.config import AugmentConfig, DataConfig
 from pcd_ray.data.augment import ViewRecipe, eval_view, views_of_bytes
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.plan import EpochPlan, Ints, rank_span
-from pcd_ray.data.ray_stream import stream_chunks
+from pcd_ray.data.ray_stream import Batch, Stage, stream_chunks
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.seeds import derive_seed
-
-Batch = dict[str, np.ndarray[Any, Any]]
 
 
 def recipe_from(augment: AugmentConfig, pairing_kind: str) -> ViewRecipe:
@@ -98,7 +96,7 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
     chunks = -(-total // data.images_per_task)
     ahead = chunks_ahead(data, share.batch_size)
     blocks = stream_chunks(views, chunks, data=data, chunks_ahead=ahead, num_streams=num_ranks)
-    yield from _rebatched(blocks, share.batch_size)
+    yield from rebatched(blocks, share.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +153,36 @@ def eval_batches(
         ShardError: an image is gone or can no longer be decoded.
         StorageError: the storage fails.
     """
+    crops = crop_chunks(index, rows, size_px=size_px, data=data)
+    blocks = stream_chunks(
+        crops.make,
+        crops.count,
+        data=data,
+        chunks_ahead=chunks_ahead(data, batch_size),
+        num_streams=1,
+    )
+    for batch in rebatched(blocks, batch_size):
+        yield batch["view"], batch["row"]
+
+
+@dataclass(frozen=True, slots=True)
+class CropChunks:
+    """Centre crops of some images, a chunk of ``data.images_per_task`` at a time."""
+
+    make: Stage
+    """Chunk number -> ``view`` (B, S, S, 3) uint8 and ``row`` (B,)."""
+    count: int
+    """How many chunks there are."""
+
+
+def crop_chunks(
+    index: pa.Table,
+    rows: Sequence[int] | np.ndarray[Any, Any],
+    *,
+    size_px: int,
+    data: DataConfig,
+) -> CropChunks:
+    """Return how tasks make the centre crops of ``rows``; arguments as of `eval_batches`."""
     wanted = np.asarray(rows, np.int64)
     images = ray.put(_lean(index))
     order = ray.put(wanted)
@@ -168,11 +196,7 @@ def eval_batches(
         ]
         return {"view": np.stack(pixels), "row": mine}
 
-    chunks = -(-wanted.size // data.images_per_task)
-    ahead = chunks_ahead(data, batch_size)
-    blocks = stream_chunks(crops, chunks, data=data, chunks_ahead=ahead, num_streams=1)
-    for batch in _rebatched(blocks, batch_size):
-        yield batch["view"], batch["row"]
+    return CropChunks(crops, -(-wanted.size // data.images_per_task))
 
 
 def chunks_ahead(data: DataConfig, batch_size: int) -> int:
@@ -233,7 +257,7 @@ def _chunk_views(
     return batch
 
 
-def _rebatched(blocks: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+def rebatched(blocks: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
     """Cut a stream of blocks of any length into batches; only the last may be shorter."""
     batch: Batch = {}
     filled = 0

@@ -69,6 +69,8 @@ class LoadedTeacher:
     """What it was loaded by."""
     name: str = "teacher"
     """Its section of the configuration."""
+    headless: str = ""
+    """Which file holds the head that its own does not, where a fitted one stands in unasked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def load_teacher(teacher: TeacherConfig, *, name: str = "teacher") -> LoadedTeac
     if teacher.weights:
         network, parts = _load_file(teacher)
         licence = parts.licence
+        if "." in teacher.arch:  # a tag says whose weights they are
+            licence = licence or network.backbone.timm_licence
     else:
         network, parts = _load_from_timm(teacher), None
         licence = network.backbone.timm_licence
@@ -121,7 +125,9 @@ def load_teacher(teacher: TeacherConfig, *, name: str = "teacher") -> LoadedTeac
         head=head_kind,
     )
     predictor = parts.predictor if parts else None
-    return LoadedTeacher(backbone, head, predictor, identity, teacher, name)
+    unasked = teacher.head == "auto" and head_kind != "published" and parts is not None
+    headless = headless_words(parts) if parts and unasked else ""
+    return LoadedTeacher(backbone, head, predictor, identity, teacher, name, headless)
 
 
 def fit_pca_head(
@@ -401,9 +407,12 @@ def _network(teacher: TeacherConfig, parts: TeacherParts) -> Network:
         )
     if not teacher.arch:
         if isinstance(found, str):
+            released = parts.layout not in ("timm", "pcd_ray")
+            kind = f" ({parts.layout})" if released else ""
+            whole = "give the file as published, or " if released else ""
             raise WeightsError(
-                f"{teacher.weights} does not say its network: {found}; set teacher.arch to the "
-                "timm name"
+                f"{teacher.weights}{kind} does not say its network: {found}; {whole}set "
+                "teacher.arch to the timm name"
             )
         return found
     given = Network(teacher.arch)

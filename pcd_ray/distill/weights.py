@@ -117,7 +117,22 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], *, uri: str) 
             f"{uri} is no {backbone.name} file ({'; '.join(problems)}); give the matching file, "
             "or change teacher.arch and teacher.kwargs"
         )
+    check_finite({key: state[key] for key in own if key in state}, uri=uri)
     backbone.body.load_state_dict({k: state.get(k, v) for k, v in own.items()}, strict=True)
+
+
+def check_finite(tensors: Mapping[str, Tensor], *, uri: str) -> None:
+    """Refuse weights that are infinite or no number.
+
+    Raises:
+        WeightsError: some are; they are named.
+    """
+    bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise WeightsError(
+            f"{uri} holds infinite or NaN numbers in {listed(bad)}; fetch the file again, or take "
+            "an earlier checkpoint"
+        )
 
 
 def tensors_sha256(module: nn.Module) -> str:
@@ -192,7 +207,9 @@ def _what_else(data: bytes) -> str:
     if data.lstrip()[:1] == b"<":
         return f"is a web page and no weights (an error page or a login); {again}"
     if data.startswith(b"version https://git-lfs"):
-        return "is a pointer of git-lfs and no weights; run `git lfs pull`, or fetch the file itself"
+        return (
+            "is a pointer of git-lfs and no weights; run `git lfs pull`, or fetch the file itself"
+        )
     if data.startswith(b"PK"):
         if not zipfile.is_zipfile(io.BytesIO(data)):
             return f"is truncated at {len(data):,} bytes; {again}"

@@ -7,6 +7,7 @@ from pcd_ray import storage
 from pcd_ray.config import Config, to_yaml
 from pcd_ray.evaluate.comparison import Estimate
 from pcd_ray.evaluate.report import Figure, Table, render_report
+from pcd_ray.evaluate.run_report import PICTURES
 from pcd_ray.evaluate.scores import Scores
 
 TITLES = {
@@ -33,6 +34,7 @@ def write_eval_report(  # noqa: PLR0913 - what a page of a comparison holds
     rows: Mapping[str, Sequence[Scores]],
     sources: Mapping[str, str],
     failures: Mapping[str, str],
+    looks: Mapping[str, bytes],
     sets: Mapping[str, str],
     config: Config,
 ) -> None:
@@ -45,6 +47,7 @@ def write_eval_report(  # noqa: PLR0913 - what a page of a comparison holds
         rows: row -> its measurements, whose first one's pictures and classes are shown.
         sources: row -> where its networks come from.
         failures: what could not be judged -> why.
+        looks: file name -> PNG of what all networks make of the same images.
         sets: option -> URI of the labelled sets.
         config: all options.
     """
@@ -53,7 +56,7 @@ def write_eval_report(  # noqa: PLR0913 - what a page of a comparison holds
         title=f"{title}: {' against '.join(judged) or 'nothing judged'}",
         lead=_lead(judged, sets),
         tables=[*_scores(table, list(judged)), *_classes(judged), _networks(judged, sources)],
-        figures=_figures(judged),
+        figures=[*_looks(looks), *_figures(judged)],
         notes=_notes(table, failures),
         config_yaml=to_yaml(config),
     )
@@ -122,6 +125,13 @@ def _networks(rows: Mapping[str, Sequence[Scores]], sources: Mapping[str, str]) 
         for label, scores in rows.items()
     ]
     return Table("Networks", header, cells)
+
+
+def _looks(looks: Mapping[str, bytes]) -> list[Figure]:
+    return [
+        Figure(png, PICTURES.get(name, name.rpartition(".")[0].replace("_", " ")))
+        for name, png in looks.items()
+    ]
 
 
 def _figures(rows: Mapping[str, Sequence[Scores]]) -> list[Figure]:

@@ -33,6 +33,11 @@ class KnnImages:
     """A line for each reason why some of the images given take no part."""
 
 
+def crop_size_px(config: Config) -> int:
+    """Return the side of the centre crops that whole images are judged on."""
+    return config.eval.image_size_px or config.augment.image_size_px
+
+
 def open_knn_images(config: Config) -> KnnImages | None:
     """Return the images of ``eval.knn_train`` and ``eval.knn_test``; None when they are not set.
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from PIL import Image
+
 from pcd_ray import storage
 from pcd_ray.config import Config, config_to_values
 from pcd_ray.errors import PcdError
@@ -48,6 +50,8 @@ class Kind:
     """The labelled sets that it needs: option -> URI."""
     check: Callable[[Config], object]
     """Refuses sets that cannot be used, before anything is judged."""
+    images: Callable[[Config], list[Image.Image]]
+    """A few images of those sets, for pictures."""
     draws: bool = True
     """Whether another seed gives another number."""
     on_features: bool = False

@@ -1,6 +1,6 @@
 """k-nearest-neighbour classification on frozen features (cosine, weighted votes).
 
-Shapes: N training images, M test images, C channels, L labels.
+Shapes: N training images, M test images, C channels, L labels, k neighbours.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,10 @@ from torch import Tensor
 from pcd_ray.errors import ConfigError, ShardError
 from pcd_ray.evaluate.features import check_finite
 
+TEMPERATURE = 0.07
+"""Of the votes, as the field has it."""
 _MAX_CHUNK_VALUES = 2**24  # 64 MiB of float32 similarities at a time
+_MAX_VOTERS = 2**18  # compared at a time; more are merged block by block
 
 
 def knn_top1_pct(
@@ -22,12 +25,33 @@ def knn_top1_pct(
     test_labels: Tensor,
     *,
     ks: Sequence[int],
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
 ) -> dict[int, float]:
     """Return the top-1 accuracy in percent for each number of neighbours in ``ks``.
 
+    Arguments and errors are those of `knn_hits`.
+    """
+    hits = knn_hits(
+        train_features, train_labels, test_features, test_labels, ks=ks, temperature=temperature
+    )
+    return {k: 100 * int(right.sum()) / len(right) for k, right in hits.items()}
+
+
+def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = TEMPERATURE,
+    device: torch.device | None = None,
+) -> dict[int, Tensor]:
+    """Return which test images are classified rightly, (M,) bool, for each k in ``ks``.
+
     A neighbour's vote weighs exp(cosine / temperature). Ties are settled by rule: the earlier
-    training row is the nearer neighbour, the smaller label wins the vote.
+    training row is the nearer neighbour, the smaller label wins the vote. Exact: every test image
+    is compared with every training image, a bounded number at a time.
 
     Args:
         train_features: (N, C) features of the images that vote.
@@ -36,6 +60,7 @@ def knn_top1_pct(
         test_labels: (M,) integers; a label without a training image is never right.
         ks: numbers of neighbours, each in [1, N].
         temperature: > 0; lower trusts the nearest neighbours more.
+        device: where to compute, a chunk at a time; None: where the test features are.
 
     Raises:
         ConfigError: a k is below 1 or above N.
@@ -43,19 +68,34 @@ def knn_top1_pct(
         TrainingError: a feature is infinite or NaN.
     """
     _check(train_features, test_features, ks=ks)
-    voters = F.normalize(train_features.float(), dim=1)  # (N, C)
-    queries = F.normalize(test_features.float(), dim=1)  # (M, C)
-    labels, votes_for = train_labels.unique(return_inverse=True)  # (L,), (N,)
-    chunk = max(1, _MAX_CHUNK_VALUES // max(len(voters), len(labels)))
-    right = dict.fromkeys(ks, 0)
-    for rows, truth in zip(queries.split(chunk), test_labels.split(chunk), strict=True):
-        cosine, nearest = _nearest(rows @ voters.T, k=max(ks))  # (chunk, k) each
+    device = device or test_features.device
+    labels, votes_for = train_labels.to(device).unique(return_inverse=True)  # (L,), (N,)
+    chunk = max(1, _MAX_CHUNK_VALUES // max(min(len(train_features), _MAX_VOTERS), len(labels)))
+    right: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for rows, truth in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
+        queries = F.normalize(rows.to(device).float(), dim=1)  # (chunk, C)
+        cosine, nearest = _neighbours(queries, train_features, k=max(ks))  # (chunk, k) each
         weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the best weighs 1: no overflow
-        for k in right:
-            votes = torch.zeros(len(rows), len(labels), device=rows.device)
+        for k, hits in right.items():
+            votes = torch.zeros(len(rows), len(labels), device=device)
             votes.scatter_add_(1, votes_for[nearest[:, :k]], weights[:, :k])
-            right[k] += int((labels[votes.argmax(dim=1)] == truth).sum())
-    return {k: 100 * hits / len(queries) for k, hits in right.items()}
+            hits.append((labels[votes.argmax(dim=1)] == truth.to(device)).cpu())
+    return {k: torch.cat(hits) for k, hits in right.items()}
+
+
+def _neighbours(queries: Tensor, train_features: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """Return cosine and row of the k nearest training images, (chunk, k) each, nearest first."""
+    values = queries.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(train_features), _MAX_VOTERS):
+        block = train_features[start : start + _MAX_VOTERS].to(queries.device)
+        voters = F.normalize(block.float(), dim=1)  # (block, C)
+        found, where = _nearest(queries @ voters.T, k=min(k, len(voters)))
+        values = torch.cat([values, found], dim=1)
+        index = torch.cat([index, where + start], dim=1)  # earlier rows come first: ties stay so
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        values, index = values[:, :k], index.gather(1, order[:, :k])
+    return values, index
 
 
 def _nearest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:

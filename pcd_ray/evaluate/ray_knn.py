@@ -14,7 +14,7 @@ from pcd_ray.config import Config
 from pcd_ray.data.image_index import column
 from pcd_ray.data.ray_views import eval_batches
 from pcd_ray.errors import naming
-from pcd_ray.evaluate.eval_sets import KnnImages
+from pcd_ray.evaluate.eval_sets import KnnImages, crop_size_px
 from pcd_ray.evaluate.features import FeatureMap, pooled_features
 from pcd_ray.evaluate.knn import knn_top1_pct
 
@@ -64,7 +64,7 @@ def _features(
     batches = eval_batches(
         index,
         rows,
-        size_px=config.eval.image_size_px or config.augment.image_size_px,
+        size_px=crop_size_px(config),
         batch_size=config.eval.images_per_forward,
         data=config.data,
     )

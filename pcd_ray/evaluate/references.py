@@ -11,6 +11,7 @@ from pcd_ray import metric_names as names
 from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config
+from pcd_ray.evaluate.eval_sets import crop_size_px
 
 REFERENCES = "references.json"
 
@@ -35,5 +36,5 @@ def _measured_on(config: Config) -> dict[str, Any]:
         "knn_train": config.eval.knn_train,
         "knn_test": config.eval.knn_test,
         "knn_k": config.eval.knn_k,
-        "image_size_px": config.eval.image_size_px or config.augment.image_size_px,
+        "image_size_px": crop_size_px(config),
     }

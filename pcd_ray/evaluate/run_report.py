@@ -27,9 +27,17 @@ _HOW = {
     "image": "image by image",
     "mse": "by regression of pixels",
 }
-_PICTURES = {
+PICTURES = {
     "pca_maps.png": "The same images as each network's frozen backbone sees them: the three "
     "strongest principal components of its map as red, green and blue.",
+    "similarity.png": "What resembles the marked pixel: the cosine of its feature with that of "
+    "every other position of the same image. Yellow is alike; each network has its own scale.",
+    "receptive_fields.png": "Effective receptive field: how much each pixel of the image moves the "
+    "feature in the middle of the map (absolute gradient, averaged over images; brightness is its "
+    "square root). The frame is the smallest square that holds half of it.",
+    "attention_student.png": "Where the marked pixel looks in the student's MHSA neck, which is "
+    "left out at export: attention of each head, from none (dark) to its own maximum (yellow), "
+    "which is given as a multiple of an even share.",
     "segmentation.png": "What a linear classifier makes of each frozen map, beside the truth.",
     "views.png": "Views as the networks are fed them, with the crop and flip they carry.",
 }
@@ -81,7 +89,7 @@ def _curves(
 
 def _pictures(folder: RunFolder) -> list[Figure]:
     found = []
-    for name, caption in _PICTURES.items():
+    for name, caption in PICTURES.items():
         uri = folder.file("figures", name)
         if storage.exists(uri):
             found.append(Figure(storage.read_bytes(uri), caption))

@@ -124,12 +124,24 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         asdict(branch.identity) | ({"sha256": ""} if branch.name in still_to_fit else {})
         for branch in method.branches
     ]
+    notes = {
+        f"{loaded.name}.head": f"{loaded.identity.head}, since {loaded.options.weights} holds no "
+        f"projection head: {loaded.headless}"
+        for loaded, _ in teachers
+        if loaded.headless
+    }
     return _plan_of(
-        config, shards, method, identities=identities, device=device, eval_read=eval_read
+        config,
+        shards,
+        method,
+        identities=identities,
+        device=device,
+        eval_read=eval_read,
+        notes=notes,
     )
 
 
-def _plan_of(
+def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
     config: Config,
     shards: Shards,
     method: Method,
@@ -137,6 +149,7 @@ def _plan_of(
     identities: list[dict[str, str]],
     device: str,
     eval_read: dict[str, str],
+    notes: dict[str, str],
 ) -> RunPlan:
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batch = config.train.global_batch_size
@@ -174,7 +187,7 @@ def _plan_of(
         student_parameters=_trained_parameters(method.student),
         backbone_parameters=_parameters(method.student.backbone),
         eval_read=eval_read,
-        notes=_notes(config, steps=steps),
+        notes=notes | _notes(config, steps=steps),
         memory_gib_per_worker=round(_memory_gib(config, method), 2),
     )
 

@@ -130,6 +130,7 @@ def test_a_run_leaves_everything_in_its_folder(reference: Reference) -> None:
         assert (folder / name).stat().st_size > 0, name
     pictures = {path.name for path in (folder / "figures").iterdir()}
     assert {"loss_curve.png", "pca_maps.png", "views.png"} <= pictures
+    assert {"similarity.png", "receptive_fields.png", "attention_student.png"} <= pictures
     assert (folder / "config.yaml").read_text() == to_yaml(reference.config)
     assert not (folder / "failure.json").exists()
     summary = json.loads((folder / "summary.json").read_text())

@@ -145,6 +145,8 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
         ("eval.knn_k", 0),
         ("eval.images_per_forward", 0),
         ("eval.image_size_px", -1),
+        ("eval.pixel", [0.5, 1.1]),
+        ("eval.pixel", [-0.1, 0.5]),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:

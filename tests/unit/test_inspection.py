@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_not_called_whole(tmp_path: Path) -> None:
     [
         ("missing", None, PcdError, "there is no such file or folder; check the path"),
         ("empty.pth", b"", WeightsError, "is empty"),
-        ("junk.safetensors", b"x" * 100, WeightsError, "junk.safetensors is no torch file"),
+        ("junk.safetensors", b"x" * 100, WeightsError, "junk.safetensors is no weights file"),
         ("notes.jpg", b"text", PcdError, "notes.jpg is a file of no kind"),
         ("notes.md", b"text", PcdError, "notes.md is a file of no kind"),
         ("folder/notes.md", b"text", ShardError, "holds no image"),

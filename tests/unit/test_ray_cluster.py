@@ -1,7 +1,7 @@
 import pytest
 
 from pcd_ray.errors import ClusterError
-from pcd_ray.ray_cluster import ClusterResources, WorkerShare, share_for_workers
+from pcd_ray.ray_cluster import ClusterResources, WorkerShare, share_for_pool, share_for_workers
 
 LAPTOP = ClusterResources(cpus=2, gpus=0, nodes=1)
 
@@ -86,3 +86,33 @@ def test_more_than_there_is_is_refused_with_numbers_and_the_fix(
     with pytest.raises(ClusterError) as caught:
         share(have, workers, **settings)
     assert message in str(caught.value)
+
+
+def test_one_worker_fits_on_one_of_several_nodes() -> None:
+    have = ClusterResources(cpus=64, gpus=0, nodes=4)
+    assert share(have, 1).cpus == 8  # half of a node, not of the cluster
+
+
+@pytest.mark.parametrize(
+    ("have", "device", "most", "size"),
+    [
+        (LAPTOP, "cpu", 100, 1),
+        (ClusterResources(64, 0, 4), "cpu", 100, 16),
+        (ClusterResources(64, 0, 4), "cpu", 3, 3),
+        (ClusterResources(64, 8, 2), "cuda", 100, 8),
+        (ClusterResources(8, 1, 1), "cuda", 100, 1),
+    ],
+)
+def test_a_pool_never_takes_the_cpus_of_data_tasks(
+    have: ClusterResources, device: str, most: int, size: int
+) -> None:
+    found, each = share_for_pool(have, device=device, most=most, cpus_per_data_task=0.5)
+    assert found == size
+    assert each.device == device
+    assert have.cpus - size * each.cpus >= have.cpus / 2
+    assert each.threads * size <= have.cpus
+
+
+def test_a_pool_on_gpus_that_are_not_there_is_refused() -> None:
+    with pytest.raises(ClusterError, match="need 1 GPUs, the cluster has 0"):
+        share_for_pool(LAPTOP, device="cuda", most=4, cpus_per_data_task=0.5)

@@ -20,6 +20,7 @@ def page_of(tmp_path: Path, rows: dict[str, list[Scores]], failures: dict[str, s
         rows=rows,
         sources=dict.fromkeys(rows, "somewhere <b>"),
         failures=failures,
+        looks={"pca_maps.png": PNG},
         sets={"eval.segmentation": "scenes"},
         config=tiny_config(),
     )
@@ -46,6 +47,7 @@ def test_every_number_is_there(tmp_path: Path) -> None:
     assert "somewhere &lt;b&gt;" in page
     assert "untrained: masks" in page
     assert "over seeds" in page
+    assert page.count("data:image/png") == 2
     assert "bootstrap" in page
     assert "http" not in page.replace("http-equiv", "")
 

@@ -50,6 +50,7 @@ def kind_of(judge: Counting, uri: str, **options: Any) -> Kind:
         options=("knn_k",),
         sets=lambda _: {"eval.knn_train": uri},
         check=lambda _: None,
+        images=lambda _: [],
         **options,
     )
 

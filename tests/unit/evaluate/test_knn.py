@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from pcd_ray.errors import ConfigError, ShardError, TrainingError
-from pcd_ray.evaluate.knn import knn_top1_pct
+from pcd_ray.evaluate import knn
+from pcd_ray.evaluate.knn import knn_hits, knn_top1_pct
 
 
 def _labelled(count: int, *, seed: int, channels: int = 6) -> tuple[Tensor, Tensor]:
@@ -51,6 +53,36 @@ def test_equals_brute_force(temperature: float) -> None:
     expected = {k: _brute_force_pct(*arrays, k=k, temperature=temperature) for k in ks}
     assert found == expected
     assert len(set(found.values())) > 1  # the ks differ, so the comparison means something
+
+
+@pytest.mark.parametrize("k", [1, 10, 20, 100, 200])
+def test_equals_scikit_learn(k: int) -> None:
+    train, train_labels = _labelled(300, seed=0)
+    test, test_labels = _labelled(150, seed=1)
+    reference = KNeighborsClassifier(
+        k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / 0.07),
+    ).fit(train.double().numpy(), train_labels.numpy())
+    expected = reference.predict(test.double().numpy()) == test_labels.numpy()
+    found = knn_hits(train, train_labels, test, test_labels, ks=[k])[k]
+    assert found.tolist() == expected.tolist()
+    assert 0 < expected.sum() < 150
+
+
+def test_voters_compared_block_by_block_are_those_compared_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = (*_labelled(120, seed=0, channels=4), *_labelled(77, seed=1, channels=4))
+    grid = tuple(values.sign() if values.is_floating_point() else values for values in data)
+    ks = (1, 20, 50, 120)
+    for given in (data, grid):  # on the grid, cosines are exact and many neighbours equally near
+        whole = knn_hits(*given, ks=ks)
+        with monkeypatch.context() as patch:
+            patch.setattr(knn, "_MAX_VOTERS", 7)
+            blocks = knn_hits(*given, ks=ks)
+        assert all(torch.equal(whole[k], blocks[k]) for k in ks)
 
 
 def test_the_numbers_do_not_depend_on_which_ks_are_asked_together() -> None:

@@ -1,0 +1,356 @@
+"""kNN and the linear probe of one network, on features that are computed once and kept on storage.
+
+Features go through a pool of actors (`ray_features`); voting and training are one Ray task on the
+device, and so is the probe's pass over augmented views, whose state is kept at each epoch.
+
+Shapes: N training images, M test images, C channels.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pcd_ray import storage
+from pcd_ray.config import AugmentConfig, Config, LinearConfig
+from pcd_ray.data.image_index import classes_of, column
+from pcd_ray.data.ray_stream import Batch as ViewBatch
+from pcd_ray.data.ray_views import recipe_from, view_batches
+from pcd_ray.errors import ConfigError, naming
+from pcd_ray.evaluate.eval_sets import KnnImages, crop_size_px, open_knn_images
+from pcd_ray.evaluate.feature_store import read_features
+from pcd_ray.evaluate.features import FeatureMap, pooled_features
+from pcd_ray.evaluate.knn import TEMPERATURE, knn_hits
+from pcd_ray.evaluate.linear_probe import (
+    Batch,
+    LinearProbe,
+    LinearSettings,
+    ProbeState,
+    ProbeTask,
+    chosen,
+    fit_cached,
+    probe_steps,
+)
+from pcd_ray.evaluate.ray_features import StoredFeatures, store_features
+from pcd_ray.evaluate.scores import Scores, interval_of_mean
+from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.ray_cluster import WorkerShare, call_in_task, resources, share_for_pool
+
+DEFAULT_KS = (1, 10, 20, 100, 200)
+HEADLINE_K = 20
+"""Neighbours behind ``knn_top1``; the largest number below it where it is not among those asked."""
+
+
+def judge_knn(
+    network: JudgedNetwork, config: Config, *, folder: str, seed: int, device: str
+) -> Scores:
+    """Classify the images of ``eval.knn_test`` by their neighbours in ``eval.knn_train``.
+
+    Args:
+        network: the frozen network.
+        config: the sets, ``eval.knn_ks``, sizes of crops, batches and tasks.
+        folder: where features are kept; of `judge_linear` too, they share them.
+        seed: of the bootstrap.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        ``knn_top1`` and ``knn_k1``, ``knn_k10`` ... in percent, with intervals.
+
+    Raises:
+        ConfigError: the sets are not given, or a number of neighbours is above that of images.
+        PcdError: as `open_knn_images` and `store_features`.
+    """
+    started = time.monotonic()
+    images = _open_images(config)
+    ks, left_out = neighbours(config.eval.knn_ks, images.train.num_rows)
+    sets = _store_sets(network, images, config, folder=folder, device=device)
+    hits = call_in_task(
+        _knn_hits, sets.train.uri, sets.test.uri, ks, device, share=_share(config, device)
+    )
+    headline = max((k for k in ks if k <= HEADLINE_K), default=min(ks))
+    named = {"knn_top1": hits[headline], **{f"knn_k{k}": hits[k] for k in ks}}
+    about = {"k": headline, "temperature": TEMPERATURE}
+    return _scores(named, sets, seed=seed, started=started, about=about, left_out=left_out)
+
+
+def judge_linear(
+    network: JudgedNetwork, config: Config, *, folder: str, seed: int, device: str
+) -> Scores:
+    """Train a linear classifier on features of ``eval.knn_train``, score it on ``eval.knn_test``.
+
+    Args:
+        network: the frozen network.
+        config: the sets, ``eval.linear``, sizes of crops, batches and tasks.
+        folder: where features and the state of a long training are kept; as of `judge_knn`.
+        seed: of the order of images, of which are held out, and of the bootstrap.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        ``linear_top1`` and, of more than five classes, ``linear_top5`` in percent, with intervals.
+
+    Raises:
+        ConfigError: the sets are not given.
+        PcdError: as `open_knn_images` and `store_features`.
+    """
+    started = time.monotonic()
+    images = _open_images(config)
+    sets = _store_sets(network, images, config, folder=folder, device=device)
+    settings = linear_settings(config.eval.linear, seed=seed)
+    share = _share(config, device)
+    if config.eval.linear.views == "cached":
+        work = _Work(sets.train.uri, sets.test.uri, settings, device)
+        trained = call_in_task(_cached_linear, work, share=share)
+    else:
+        work = _Work(sets.train.uri, sets.test.uri, settings, device, storage.absolute(folder))
+        trained = call_in_task(_augmented_linear, work, network, images.train, config, share=share)
+    hits, about = trained
+    return _scores(hits, sets, seed=seed, started=started, about=about)
+
+
+def neighbours(asked: tuple[int, ...], num_images: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the numbers of neighbours to judge by, and a line if usual ones are left out.
+
+    Raises:
+        ConfigError: one that the user asked for is above the number of images that vote.
+    """
+    above = [k for k in asked or DEFAULT_KS if k > num_images]
+    if asked and above:
+        raise ConfigError(
+            f"eval.knn_ks={list(asked)}: {above} are more neighbours than the {num_images:,} "
+            f"images of eval.knn_train; use {num_images} at most, or give more images"
+        )
+    if not above:
+        return asked or DEFAULT_KS, ()
+    line = f"k = {', '.join(map(str, above))}: eval.knn_train has {num_images:,} images"
+    return tuple(k for k in DEFAULT_KS if k <= num_images), (line,)
+
+
+def linear_settings(linear: LinearConfig, *, seed: int) -> LinearSettings:
+    """Return how a probe is trained, as plain values."""
+    return LinearSettings(
+        epochs=linear.epochs,
+        global_batch_size=linear.global_batch_size,
+        base_lrs=linear.base_lrs,
+        held_out_fraction=linear.held_out_fraction,
+        standardise=linear.standardise,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sets:
+    """The two sets and where their features lie."""
+
+    images: KnnImages
+    size_px: int
+    train: StoredFeatures
+    test: StoredFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a task trains a probe on."""
+
+    train_uri: str
+    test_uri: str
+    settings: LinearSettings
+    device: str
+    folder: str = ""
+    """Where the state of a long training is kept."""
+
+
+_Hits = dict[str, Tensor]
+
+
+def _open_images(config: Config) -> KnnImages:
+    images = open_knn_images(config)
+    if images is None:
+        raise ConfigError(
+            "eval.knn_train='' and eval.knn_test='': there is nothing to classify; give two parts "
+            "of one data set, as class folders, packed shards or list files"
+        )
+    return images
+
+
+def _store_sets(
+    network: JudgedNetwork, images: KnnImages, config: Config, *, folder: str, device: str
+) -> _Sets:
+    stored = []
+    for option, index in (("eval.knn_train", images.train), ("eval.knn_test", images.test)):
+        with naming(option):
+            stored.append(
+                store_features(
+                    network, index, config, folder=storage.absolute(folder), device=device
+                )
+            )
+    return _Sets(images, crop_size_px(config), *stored)
+
+
+def _share(config: Config, device: str) -> WorkerShare:
+    return share_for_pool(
+        resources(), device=device, most=1, cpus_per_data_task=config.data.cpus_per_task
+    )[1]
+
+
+def _knn_hits(train_uri: str, test_uri: str, ks: tuple[int, ...], device: str) -> dict[int, Tensor]:
+    train, test = read_features(train_uri), read_features(test_uri)
+    return knn_hits(
+        train.features,
+        train.labels,
+        test.features,
+        test.labels,
+        ks=ks,
+        device=torch.device(device),
+    )
+
+
+def _cached_linear(work: _Work) -> tuple[_Hits, dict[str, Any]]:
+    train = read_features(work.train_uri)
+    device = torch.device(work.device)
+    probe = fit_cached(train.features, train.labels, work.settings, device=device)
+    return _judged(probe, work, views="cached")
+
+
+def _augmented_linear(
+    work: _Work, network: JudgedNetwork, index: pa.Table, config: Config
+) -> tuple[_Hits, dict[str, Any]]:
+    """Train on new views in each epoch; go on from the state of an interrupted training."""
+    train = read_features(work.train_uri)
+    device = torch.device(work.device)
+    task = ProbeTask.of(train.features, train.labels, work.settings)
+    augment = crops_and_flips(config)
+    place = _state_uri(work, augment)
+    state = _restored(place, task, device)
+    views = view_batches(
+        index,
+        task.order,
+        recipe_from(augment, "same_view"),
+        seed=work.settings.seed,
+        rank=0,
+        num_ranks=1,
+        global_batch_size=task.batch_size,
+        start_step=state.step,
+        stop_step=task.num_steps,
+        data=config.data,
+    )
+    backbone = network.backbone().to(device)
+    per_forward = config.eval.images_per_forward
+    steps_per_epoch = -(-len(task.targets) // task.batch_size)
+    with closing(views):
+        for _ in probe_steps(task, state, _features_of(views, backbone, per_forward)):
+            if state.step % steps_per_epoch == 0 or state.step == task.num_steps:
+                _keep(place, state)
+    return _judged(chosen(task, state, train.features), work, views="augmented")
+
+
+def crops_and_flips(config: Config) -> AugmentConfig:
+    """Return the augmentation that linear probes are trained with."""
+    return AugmentConfig(
+        image_size_px=crop_size_px(config),
+        min_scale=config.eval.linear.min_scale,
+        jitter_prob=0.0,
+        grey_prob=0.0,
+        student_blur_prob=0.0,
+        teacher_blur_prob=0.0,
+        student_solarize_prob=0.0,
+        teacher_solarize_prob=0.0,
+    )
+
+
+def _features_of(
+    views: Generator[ViewBatch], backbone: FeatureMap, per_forward: int
+) -> Iterator[Batch]:
+    for batch in views:
+        pixels = torch.from_numpy(batch["student_view"])
+        pooled = pooled_features(backbone, pixels.split(per_forward))
+        yield pooled, torch.from_numpy(batch["row"])
+
+
+def _state_uri(work: _Work, augment: AugmentConfig) -> str:
+    """Return where the state of a training lies, by all that it follows from."""
+    facts = [storage.name_of(work.train_uri), asdict(work.settings), asdict(augment)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return storage.join(work.folder, f"linear-{digest[:16]}.pt")
+
+
+def _keep(uri: str, state: ProbeState) -> None:
+    buffer = io.BytesIO()
+    torch.save(asdict(state), buffer)
+    storage.write_bytes(uri, buffer.getvalue())
+
+
+def _restored(uri: str, task: ProbeTask, device: torch.device) -> ProbeState:
+    """Return the state that is kept, or a new one."""
+    if not storage.exists(uri):
+        return ProbeState.new(task, device)
+    stored = torch.load(io.BytesIO(storage.read_bytes(uri)), map_location=device, weights_only=True)
+    return ProbeState(**stored)
+
+
+def _judged(probe: LinearProbe, work: _Work, *, views: str) -> tuple[_Hits, dict[str, Any]]:
+    """Return the probe's hits on the test images, and how its rate was chosen."""
+    test = read_features(work.test_uri)
+    hits = {"linear_top1": probe.classifier.hits(test.features, test.labels, top=1)}
+    if len(probe.classifier.labels) > 5:
+        hits["linear_top5"] = probe.classifier.hits(test.features, test.labels, top=5)
+    about: dict[str, Any] = {
+        "views": views,
+        "epochs": work.settings.epochs,
+        "base_lr": probe.base_lr,
+        "held_out_top1_pct": {str(rate): top1 for rate, top1 in probe.held_out_top1_pct.items()},
+    }
+    if probe.at_edge:
+        about["base_lr_at_edge"] = (
+            f"{probe.base_lr:g} is the smallest or largest of eval.linear.base_lrs; try rates "
+            "beyond it"
+        )
+    return hits, about
+
+
+def _scores(
+    hits: _Hits,
+    sets: _Sets,
+    *,
+    seed: int,
+    started: float,
+    about: dict[str, Any],
+    left_out: tuple[str, ...] = (),
+) -> Scores:
+    headline = next(iter(hits))
+    computed = sets.train.num_computed + sets.test.num_computed
+    return Scores(
+        values={name: 100 * float(right.double().mean()) for name, right in hits.items()},
+        intervals={
+            name: interval_of_mean(100 * right.double(), seed=seed) for name, right in hits.items()
+        },
+        classes={headline: _per_class(hits[headline], sets.images)},
+        about={
+            **about,
+            "train_images": sets.train.num_images,
+            "test_images": sets.test.num_images,
+            "crop_px": sets.size_px,
+            "left_out": [*sets.images.left_out, *left_out],
+            "features_computed": computed,
+            "features_s": round(sets.train.seconds + sets.test.seconds, 3),
+            "seconds": round(time.monotonic() - started, 3),
+        },
+    )
+
+
+def _per_class(hits: Tensor, images: KnnImages) -> dict[str, float | None]:
+    """Return the accuracy on each class's test images in percent; None: it has none."""
+    labels = torch.from_numpy(column(images.test, "label").astype(np.int64))
+    found: dict[str, float | None] = {}
+    for label, name in enumerate(classes_of(images.train)):
+        mine = hits[labels == label]
+        found[name] = 100 * float(mine.double().mean()) if len(mine) else None
+    return found
