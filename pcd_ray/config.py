@@ -556,7 +556,7 @@ class DetectConfig:
     fraction: float = 1.0
     """Share of the steps, and of the images of both splits, in (0, 1]; below 1 a smoke run."""
     global_batch_size: int = 16
-    """Images per step, over all workers."""
+    """Images per step, over all ``train.num_workers``."""
     lr_per_16_images: float = 0.02
     """Learning rate per 16 images of the global batch."""
     warmup_steps: int = 1000
@@ -582,8 +582,6 @@ class DetectConfig:
     """Regions of each image that train the box head."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: backbone and pyramid in autocast to bfloat16; heads stay in float32."""
-    num_workers: int = 1
-    """Ray Train workers; one GPU each on cuda, with BatchNorm over all of them."""
     checkpoint_every_steps: int = 1000
     """Optimiser steps between checkpoints."""
     log_every_steps: int = 20
@@ -598,7 +596,6 @@ class DetectConfig:
             "lr_per_16_images",
             "min_short_side_px",
             "rois_per_image",
-            "num_workers",
             "checkpoint_every_steps",
             "log_every_steps",
         ):
@@ -611,12 +608,6 @@ class DetectConfig:
             self.max_short_side_px,
             f"in [min_short_side_px={self.min_short_side_px}, "
             f"max_long_side_px={self.max_long_side_px}]",
-        )
-        _require(
-            self.global_batch_size % self.num_workers == 0,
-            "eval.detect.global_batch_size",
-            self.global_batch_size,
-            f"a multiple of eval.detect.num_workers={self.num_workers}",
         )
 
 

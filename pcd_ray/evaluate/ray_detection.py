@@ -44,7 +44,7 @@ def judge_detection(
 
     Args:
         network: the student; all of it is trained.
-        config: ``eval.detect`` and how workers share the cluster.
+        config: ``eval.detect`` says how, ``train`` with how many workers.
         folder: URI for checkpoints and detections; what lies there is gone on with.
         seed: of the new layers, the order of images and how they are resized and mirrored.
         device: ``cpu`` or ``cuda``.
@@ -56,6 +56,7 @@ def judge_detection(
         PcdError: the set, the network or an option cannot be used, or training fails.
     """
     options = config.eval.detect
+    _check_split(options.global_batch_size, config.train.num_workers)
     data = open_detection_set(config)
     task = detection_task(network, data, options, max_pixels=config.data.max_pixels, seed=seed)
     with naming("eval detect"):
@@ -66,7 +67,7 @@ def judge_detection(
         task,
         settings,
         folder=folder,
-        num_workers=options.num_workers,
+        num_workers=config.train.num_workers,
         device=device,
         config=config,
     )
@@ -217,6 +218,15 @@ def _look(
             (found,) = detect(detector, [pixels], [(image.height, image.width)])
             results += results_of(image, found, category_ids)
     storage.write_text(uri, json.dumps(results))
+
+
+def _check_split(global_batch_size: int, num_workers: int) -> None:
+    if global_batch_size % num_workers:
+        raise ConfigError(
+            f"eval.detect.global_batch_size={global_batch_size} does not split over "
+            f"train.num_workers={num_workers}; use "
+            f"{-(-global_batch_size // num_workers) * num_workers}"
+        )
 
 
 def _stored(uri: str) -> list[Result] | None:
