@@ -52,7 +52,7 @@ def image_table(columns: Mapping[str, Sequence[NDArray[Any]]], *, aspect: float)
     figure = Figure(figsize=(WIDTH_IN, rows * side * aspect + 0.6), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(name, fontsize=10, color=INK)
+        axes[0, column].set_title(name, fontsize=10 if len(columns) <= 5 else 7, color=INK)
         for axis, pixels in zip(axes[:, column], pictures, strict=True):
             show(axis, pixels)
             axis.set_aspect(aspect * pixels.shape[1] / pixels.shape[0])

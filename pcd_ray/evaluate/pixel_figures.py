@@ -113,7 +113,9 @@ def receptive_field_figure(fields: Mapping[str, Tensor]) -> bytes:
     columns = min(len(fields), _FIELDS_PER_ROW)
     rows = -(-len(fields) // columns)
     side = min(WIDTH_IN / columns, 3.4)
-    figure = Figure(figsize=(side * columns, (side + 0.35) * rows), layout="constrained")
+    height, width = next(iter(fields.values())).shape
+    size = side * columns, (side * height / width + 0.35) * rows
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (name, field) in zip(axes, fields.items(), strict=False):
         _draw_field(axis, np.asarray(field))
