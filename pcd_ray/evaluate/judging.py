@@ -19,6 +19,7 @@ from typing import Protocol
 from PIL import Image
 
 from pcd_ray import storage
+from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values
 from pcd_ray.errors import PcdError
 from pcd_ray.evaluate.scores import Scores
@@ -63,7 +64,7 @@ def out_folder(first: str, config: Config) -> str:
     if config.eval.out:
         return storage.absolute(config.eval.out)
     run = storage.absolute(first)
-    if not storage.exists(storage.join(run, "config.yaml")):
+    if not storage.is_folder(RunFolder(run).checkpoints):
         run = storage.absolute(config.run.root)
     return storage.join(run, "eval")
 

@@ -166,8 +166,7 @@ def test_scores_come_back_whole(tmp_path: Path) -> None:
 def test_results_lie_in_the_first_run_or_beside_all_runs(tmp_path: Path) -> None:
     config = tiny_config(run={"root": str(tmp_path)})
     assert out_folder("untrained", config) == f"{tmp_path}/eval"
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.yaml").write_text("{}")
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
     assert out_folder(f"{tmp_path}/mine", config) == f"{tmp_path}/mine/eval"
     named = tiny_config(eval={"out": f"{tmp_path}/else"})
     assert out_folder(f"{tmp_path}/mine", named) == f"{tmp_path}/else"
