@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in ray_cluster.PASSIVE_THREADS
     given = sys.argv[1:] if argv is None else argv
     # flags may stand anywhere among the overrides: argparse wants them in one place
-    options = _parser().parse_args(sorted(given, key=lambda word: word.startswith("--")))
+    options = _parser().parse_args(sorted(_joined(given), key=lambda word: word.startswith("--")))
     verb: Callable[[argparse.Namespace], dict[str, Any]] = options.run
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints what befell its workers
@@ -52,6 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _joined(words: Sequence[str]) -> list[str]:
+    """Return the words with ``--fraction 0.1`` as one: what belongs together stays together."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--fraction":
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def run_job(verb: str, argv: Sequence[str]) -> None:
     """Run a verb as a script of ``jobs/``, with the same arguments and exit codes."""
     sys.exit(main([verb, *argv[1:]]))
@@ -73,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             verb.add_argument(
                 "--dry-run", action="store_true", help="check everything, print the plan, stop"
+            )
+        if name == "eval":
+            verb.add_argument(
+                "--compare", action="store_true", help="before further students; one row each"
+            )
+            verb.add_argument(
+                "--fraction", type=float, metavar="F", help="detect: eval.detect.fraction=F"
             )
         if name == "inspect":
             verb.add_argument(
@@ -117,6 +136,33 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
+def _eval(options: argparse.Namespace) -> dict[str, Any]:
+    from pcd_ray.config import config_from_file, overridden
+    from pcd_ray.evaluate.ray_eval import config_for, evaluate
+
+    kind, *words = options.words or [""]
+    overrides = [word for word in words if _is_override(word)]
+    if options.fraction is not None:
+        overrides.append(f"eval.detect.fraction={options.fraction}")
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    students = [word for word in words if word not in (*overrides, *files)]
+    if len(files) > 1:
+        raise ConfigError(f"got {len(files)} configurations ({', '.join(files)}); give one")
+    config = overridden(
+        config_for(students, config_from_file(files[0]) if files else None), overrides
+    )
+    summary: dict[str, Any] = evaluate(kind, students, config).summary()
+    if not options.json:
+        for long in ("scores", "classes", "about"):  # on the page, and in summary.json
+            del summary[long]
+    return summary
+
+
+def _is_override(word: str) -> bool:
+    name, equals, _ = word.partition("=")
+    return bool(equals) and "." in name and name.replace(".", "").replace("_", "").isalnum()
+
+
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.inspection import inspect
 
@@ -145,6 +191,12 @@ _VERBS: tuple[tuple[str, str, Callable[[argparse.Namespace], dict[str, Any]], st
     ("demo", "[CONFIG.yaml]", _demo, "See a student become good at pixels, offline, in minutes."),
     ("pack", "[CONFIG.yaml]", _pack, "Turn images into shards: data.sources -> data.shards."),
     ("train", "CONFIG.yaml", _train, "Distil a student, or go on where the run stopped."),
+    (
+        "eval",
+        "{knn,linear,segment,detect} STUDENT [CONFIG.yaml]",
+        _eval,
+        "Judge students side by side: runs, files, timm names, untrained, teacher.",
+    ),
     ("inspect", "PATH", _inspect, "Say what a folder, shards, a weights file or a run is."),
     ("export", "RUN", _export, "Write the student's backbone as safetensors, for timm."),
 )
@@ -170,19 +222,37 @@ def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
         for name, value in scores.items():
             print(f"{name:<24}" + "".join(f"{score:>12.1f}" for score in value.values()))
         print()
-    summary = {name: value for name, value in summary.items() if name not in scores}
+    tables = {name: value for name, value in summary.items() if _is_table(value)}
+    for table in tables.values():
+        _print_columns(table)
+    summary = {k: v for k, v in summary.items() if k not in scores and k not in tables}
     rows = list(_rows(summary, prefix))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        lines = textwrap.wrap(value, _LINE, break_long_words=False) or [""]
+        print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
-_LONGEST = 160  # characters of one value in a table
+_LINE = 100  # characters of a value on one line of a table
 _NETWORKS = ("untrained", "student", "teacher")
 
 
 def _is_scores(value: object) -> bool:
     return isinstance(value, dict) and tuple(value)[:3] == _NETWORKS
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _print_columns(table: Sequence[dict[str, Any]]) -> None:
+    header = list(table[0])
+    lines = [header, *([str(row[name]) for name in header] for row in table)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for first, *others in lines:
+        padded = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([f"{first:<{widths[0]}}", *padded]))
+    print()
 
 
 def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
@@ -195,7 +265,5 @@ def _rows(summary: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
         elif isinstance(value, float):
             rows.append((prefix + name, f"{value:.4g}"))
         else:
-            text = str(value)
-            whole = len(text) <= _LONGEST
-            rows.append((prefix + name, text if whole else f"{text[:_LONGEST]}... (see --json)"))
+            rows.append((prefix + name, str(value)))
     return rows

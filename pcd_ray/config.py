@@ -365,7 +365,8 @@ class PairingConfig:
 
     kind: Literal["same_view", "cross_view_index", "cross_view_geometric"] = "same_view"
     """One crop for both networks [ours]; two crops paired by index [code]; two crops paired by
-    true image coordinates [ours]."""
+    true image coordinates [ours]. To ``loss.kind=image`` it says no more than whether both networks
+    see one crop or two; it takes the first two kinds."""
     radius: float = 0.7
     """``cross_view_geometric``: largest distance of paired cell centres, in cell diagonals."""
 
@@ -375,10 +376,15 @@ class PairingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Pixel-wise contrastive loss."""
+    """Pixel-wise contrastive loss, or a baseline to hold it against."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
+    kind: Literal["pixel", "image", "mse"] = "pixel"
+    """``pixel``: each student pixel against its positive and the queue, PCD [code]. ``image``: the
+    same with one pair per image, the student's head's map, pooled, against the teacher's published
+    vector. ``mse``: squared distance of paired unit pixels, 2 - 2 cos, without temperature, queue
+    or ``implementation``. The last two are baselines. [ours]"""
     temperature: float = 0.2
     """Softmax temperature tau, > 0; lower is sharper. [code]"""
     queue_size: int = 65_536
@@ -532,6 +538,167 @@ class LinearConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DetectConfig:
+    """Fine-tuning a detector on a student, whole; the defaults are COCO's usual schedule."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    data: str = ""
+    """Folder with images/, instances_train.json and instances_val.json, or COCO 2017 as it is
+    downloaded; empty: none."""
+    masks: bool = True
+    """Mask R-CNN (boxes and masks), or Faster R-CNN (boxes)."""
+    preset: Literal["coco_1x", "coco_2x"] = "coco_1x"
+    """Steps where ``steps`` is 0: 90,000 or 180,000. The rate falls to a tenth after 2/3 and 8/9 of
+    all steps."""
+    steps: int = 0
+    """Optimiser steps; 0: the preset's."""
+    fraction: float = 1.0
+    """Share of the steps, and of the images of both splits, in (0, 1]; below 1 a smoke run."""
+    global_batch_size: int = 16
+    """Images per step, over all ``train.num_workers``."""
+    lr_per_16_images: float = 0.02
+    """Learning rate per 16 images of the global batch."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up, at most a tenth of all."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Decay of all weights but those of norms."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient; 0 leaves it."""
+    min_short_side_px: int = 640
+    """Training draws the short side of each image from here ..."""
+    max_short_side_px: int = 800
+    """... to here, in steps of 32 pixels; judging takes this one."""
+    max_long_side_px: int = 1333
+    """Longest side of an image, in pixels."""
+    flip_prob: float = 0.5
+    """Probability of mirroring left and right."""
+    box_head: Literal["4conv1fc", "2fc"] = "4conv1fc"
+    """Four convolutions with BatchNorm and a linear layer, or two linear layers without norm, which
+    cost an eighth."""
+    rois_per_image: int = 512
+    """Regions of each image that train the box head."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: backbone and pyramid in autocast to bfloat16; heads stay in float32."""
+    checkpoint_every_steps: int = 1000
+    """Optimiser steps between checkpoints."""
+    log_every_steps: int = 20
+    """Optimiser steps between two lines of progress."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.fraction <= 1, "eval.detect.fraction", self.fraction, "in (0, 1]")
+        _require(0 <= self.flip_prob <= 1, "eval.detect.flip_prob", self.flip_prob, "in [0, 1]")
+        _require(0 <= self.momentum < 1, "eval.detect.momentum", self.momentum, "in [0, 1)")
+        for name in (
+            "global_batch_size",
+            "lr_per_16_images",
+            "min_short_side_px",
+            "rois_per_image",
+            "checkpoint_every_steps",
+            "log_every_steps",
+        ):
+            _require(getattr(self, name) > 0, f"eval.detect.{name}", getattr(self, name), "> 0")
+        for name in ("steps", "warmup_steps", "weight_decay", "clip_grad_norm"):
+            _require(getattr(self, name) >= 0, f"eval.detect.{name}", getattr(self, name), ">= 0")
+        _require(
+            self.min_short_side_px <= self.max_short_side_px <= self.max_long_side_px,
+            "eval.detect.max_short_side_px",
+            self.max_short_side_px,
+            f"in [min_short_side_px={self.min_short_side_px}, "
+            f"max_long_side_px={self.max_long_side_px}]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentConfig:
+    """How a student is judged by semantic segmentation; the set is ``eval.segmentation``.
+
+    Values that are 0 by default are the preset's: common practice of the field [ours].
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    method: Literal["probe", "fcn"] = "probe"
+    """A linear classifier on the frozen map, or fine-tuning of the whole network with an FCN
+    head."""
+    preset: Literal["folder", "voc12", "cityscapes"] = "folder"
+    """Layout of the set, and values for the options below that are 0. ``folder``: images/, masks/,
+    classes.txt, train.txt, val.txt (and test.txt); ``voc12``: VOCdevkit/VOC2012 as downloaded, with
+    SegmentationClassAug where it is there; ``cityscapes``: leftImg8bit/ and gtFine/, 19 classes."""
+    probe_steps: int = 1000
+    """``probe``: optimiser steps, 16 images each."""
+    output_stride: Literal[0, 8, 16, 32] = 8
+    """``fcn``: pixels per position of the map; 0: the network's own. Where timm cannot dilate the
+    network so far, the map of an earlier stage is taken, and later stages are not used."""
+    head_channels: int = 0
+    """``fcn``: width of the head; 0: a quarter of the map's channels."""
+    dropout: float = 0.1
+    """``fcn``: share of the head's channels that a step leaves out."""
+    steps: int = 0
+    """``fcn``: optimiser steps; 0: 30,000 of ``voc12``, 90,000 of ``cityscapes``, else 100 passes
+    over train."""
+    global_batch_size: int = 16
+    """``fcn``: crops per optimiser step, over all workers."""
+    crop_px: int = 0
+    """``fcn``: side of a crop; 0: 513 of ``voc12``, 769 of ``cityscapes``, else the shorter side of
+    the first training image, at most 512."""
+    min_scale: float = 0.5
+    """``fcn``: an image is resized by a factor drawn from ``min_scale`` to ``max_scale``."""
+    max_scale: float = 2.0
+    """``fcn``: the largest such factor."""
+    flip_prob: float = 0.5
+    """``fcn``: probability of a horizontal flip."""
+    lr: float = 0.01
+    """``fcn``: learning rate of SGD at the start."""
+    head_lr_scale: float = 1.0
+    """``fcn``: factor of the head's learning rate; 10 is also common."""
+    momentum: float = 0.9
+    """``fcn``: momentum of SGD."""
+    weight_decay: float = 5e-4
+    """``fcn``: weight decay."""
+    poly_power: float = 0.9
+    """``fcn``: the rate is lr (1 - t / steps)^this."""
+    warmup_steps: int = 0
+    """``fcn``: steps of linear warm-up."""
+    clip_grad_norm: float = 0.0
+    """``fcn``: largest norm of the gradient; 0 leaves it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``fcn``: ``bf16`` autocasts to bfloat16."""
+    sync_batchnorm: bool = True
+    """``fcn``: BatchNorm statistics over all workers, on cuda."""
+    window_px: int = 0
+    """``fcn``: side of the windows that larger images are predicted in; 0: 769 of ``cityscapes``,
+    else whole images."""
+    window_stride_px: int = 0
+    """``fcn``: pixels from one window to the next, whose logits are averaged where they overlap; 0:
+    two thirds of ``window_px``."""
+    checkpoint_every_steps: int = 500
+    """``fcn``: optimiser steps between checkpoints, from which an interrupted one goes on."""
+    log_every_steps: int = 20
+    """``fcn``: optimiser steps between lines of progress."""
+
+    def __post_init__(self) -> None:
+        def require(option: str, ok: bool, wanted: str) -> None:
+            _require(ok, f"eval.segment.{option}", getattr(self, option), wanted)
+
+        for name in ("probe_steps", "global_batch_size", "log_every_steps", "lr", "head_lr_scale"):
+            require(name, getattr(self, name) > 0, "> 0")
+        for name in (
+            *("head_channels", "steps", "crop_px", "weight_decay", "poly_power", "warmup_steps"),
+            *("clip_grad_norm", "window_px", "window_stride_px", "checkpoint_every_steps"),
+        ):
+            require(name, getattr(self, name) >= 0, ">= 0")
+        for name in ("dropout", "momentum"):
+            require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        require("flip_prob", 0 <= self.flip_prob <= 1, "in [0, 1]")
+        require("min_scale", 0 < self.min_scale <= self.max_scale, f"in (0, {self.max_scale}]")
+        fits = not self.window_px or self.window_stride_px <= self.window_px
+        require("window_stride_px", fits, f"at most eval.segment.window_px={self.window_px}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """How a student is judged; labels are used here alone."""
 
@@ -553,17 +720,36 @@ class EvalConfig:
     linear: LinearConfig = field(default_factory=LinearConfig)
     """The linear probe of ``pcd-ray eval linear``."""
     segmentation: str = ""
-    """Folder with images/, masks/, train.txt, val.txt (and test.txt): a linear probe on the frozen
-    map is trained at the end of the run; empty: none."""
+    """Labelled segmentation set, laid out as ``eval.segment.preset`` says, a folder with images/,
+    masks/, train.txt, val.txt (and test.txt) by default: a linear probe on the frozen map is
+    trained at the end of the run; empty: none."""
     segmentation_size_px: int = 0
     """Height to which its images are resized; 0 keeps theirs."""
     image_size_px: int = 0
     """Side of the centre crop for kNN; 0 takes ``augment.image_size_px``."""
     images_per_forward: int = 64
     """Images per forward pass of an evaluation."""
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    """Detection and instance segmentation."""
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    """Semantic segmentation."""
+    seeds: int = 1
+    """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
+    out: str = ""
+    """Folder of ``pcd-ray eval``; empty: ``eval`` in the first run judged, else in ``run.root``."""
+    pixel: tuple[float, float] = (0.5, 0.5)
+    """The place that pictures ask about (what resembles it, attends to it): shares of an image's
+    width and height in [0, 1], from the left and the top."""
 
     def __post_init__(self) -> None:
+        _require(
+            all(0 <= share <= 1 for share in self.pixel),
+            "eval.pixel",
+            list(self.pixel),
+            "two shares in [0, 1]",
+        )
         _require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
+        _require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         _require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
         ks = self.knn_ks
         _require(
@@ -635,6 +821,15 @@ class Config:
     """Judging."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """The student file."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.loss.kind != "image" or self.pairing.kind != "cross_view_geometric",
+            "pairing.kind",
+            self.pairing.kind,
+            "same_view (one crop) or cross_view_index (two) with loss.kind=image, which pools "
+            "positions instead of pairing them",
+        )
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
@@ -832,7 +1027,7 @@ def _problem(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         story = str(item["ctx"]["error"])
         second = path.startswith("teacher_2") and story.startswith("teacher.")
-        return story.replace("teacher.", "teacher_2.", 1) if second else story
+        return story.replace("teacher.", "teacher_2.") if second else story
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; give a value"
     if item["type"] == "dataclass_type":

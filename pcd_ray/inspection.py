@@ -136,11 +136,13 @@ def _checkpoint(uri: str, kind: str) -> InspectResult:
         facts
         | {
             "student": stored.about["student"]["backbone"],
+            "loss": stored.config.loss.kind,
             "checkpoints": steps,
             "metrics": stored.about["metrics"],
             "queue_filled_pct": [
                 round(100 * min(1, queue["num_pushed"] / len(queue["negatives"])))
                 for queue in stored.state["queues"]
+                if queue
             ],
             "data_sha256": stored.about["data_sha256"],
             "verified": "the state's hash matches",

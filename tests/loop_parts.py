@@ -4,6 +4,7 @@ Shapes: B images of a rank's batch, S = 16 pixels per side, D = 6 embedding chan
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ def new_state(
     ema: float = 0.0,
     widths: Sequence[int] = (WIDTH,),
     weights: Sequence[float] = (1.0, 1.0),
+    kind: str = "pixel",
 ) -> TrainState:
     """Return a run at its first step, wrapped for as many ranks as there are.
 
@@ -84,8 +86,8 @@ def new_state(
     branches = [
         branch_of(
             small_teacher(dtype, number=number, width=width),
-            queue_of(unit_rows(number, QUEUE, width, dtype)),
-            DISTILL,
+            None if kind == "mse" else queue_of(unit_rows(number, QUEUE, width, dtype)),
+            replace(DISTILL, kind=kind),
             weight=weights[number],
         )
         for number, width in enumerate(widths)

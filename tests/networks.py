@@ -59,7 +59,11 @@ def small_student(
 
 
 def branch_of(
-    teacher: FrozenTeacher, queue: FeatureQueue, settings: DistillSettings, *, weight: float = 1.0
+    teacher: FrozenTeacher,
+    queue: FeatureQueue | None,
+    settings: DistillSettings,
+    *,
+    weight: float = 1.0,
 ) -> Branch:
     """A branch of parts that nothing was said about."""
     identity = TeacherIdentity(arch="small", source="drawn", licence="", head="published")
@@ -84,12 +88,13 @@ def queue_of(negatives: Tensor) -> FeatureQueue:
 def one_step(
     student: nn.Module,
     teacher: FrozenTeacher,
-    negatives: Tensor,
+    negatives: Tensor | None,
     batch: ViewBatch,
     settings: DistillSettings,
     *,
     num_pairs: Tensor | None = None,
 ) -> StepResult:
     """Return the result of a single branch."""
-    branches = [branch_of(teacher, queue_of(negatives), settings)]
+    queue = None if negatives is None else queue_of(negatives)
+    branches = [branch_of(teacher, queue, settings)]
     return distill_step(student, branches, batch, num_pairs=[num_pairs])[0]

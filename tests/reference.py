@@ -43,6 +43,27 @@ def loss(
     return total / max(count, 1.0)
 
 
+def squared_distance(
+    student: Sequence[Array], positive: Sequence[Array], weights: Sequence[float] | None = None
+) -> float:
+    """The mean squared distance of paired vectors, coordinate by coordinate."""
+    total, count = 0.0, 0.0
+    for i, (s, t) in enumerate(zip(student, positive, strict=True)):
+        weight = 1.0 if weights is None else weights[i]
+        total += weight * sum((float(a) - float(b)) ** 2 for a, b in zip(s, t, strict=True))
+        count += weight
+    return total / max(count, 1.0)
+
+
+def pooled(maps: Array) -> list[Array]:
+    """Return the unit vector of each (D, H, W) map's mean."""
+    _, _, height, width = maps.shape
+    return [
+        unit(sum(one[:, y, x] for y in range(height) for x in range(width)) / (height * width))
+        for one in maps
+    ]
+
+
 def push(queue: list[Array], keys: Sequence[Array]) -> list[Array]:
     """Return a queue, oldest first, after its oldest entries made room for new ones."""
     for key in keys:

@@ -43,10 +43,11 @@ def store_student(
     """Write checkpoints that hold a student, and its moving average where there is one."""
     folder = RunFolder.of(config)
     averages = {} if average is None else {"average": average.state_dict()}
+    queue = FeatureQueue(8, 6, seed=0, device=torch.device("cpu"))
     state = averages | {
         "student": student.state_dict(),
         "optimizer": {},
-        "queues": [FeatureQueue(8, 6, seed=0, device=torch.device("cpu")).state_dict()],
+        "queues": [None if config.loss.kind == "mse" else queue.state_dict()],
         "audit": [],
     }
     backbone = student.backbone

@@ -36,7 +36,7 @@ from pcd_ray.distill.heads import (
 )
 from pcd_ray.distill.loss import choose_implementation
 from pcd_ray.distill.mhsa import MhsaNeck
-from pcd_ray.distill.networks import Network
+from pcd_ray.distill.networks import HEADS_UNKNOWN, Network
 from pcd_ray.distill.spatial_adaptor import check_law
 from pcd_ray.distill.step import Branch, DistillSettings
 from pcd_ray.distill.student import Student
@@ -69,6 +69,8 @@ class LoadedTeacher:
     """What it was loaded by."""
     name: str = "teacher"
     """Its section of the configuration."""
+    headless: str = ""
+    """Which file holds the head that its own does not, where a fitted one stands in unasked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def load_teacher(teacher: TeacherConfig, *, name: str = "teacher") -> LoadedTeac
     if teacher.weights:
         network, parts = _load_file(teacher)
         licence = parts.licence
+        if "." in teacher.arch:  # a tag says whose weights they are
+            licence = licence or network.backbone.timm_licence
     else:
         network, parts = _load_from_timm(teacher), None
         licence = network.backbone.timm_licence
@@ -121,7 +125,9 @@ def load_teacher(teacher: TeacherConfig, *, name: str = "teacher") -> LoadedTeac
         head=head_kind,
     )
     predictor = parts.predictor if parts else None
-    return LoadedTeacher(backbone, head, predictor, identity, teacher, name)
+    unasked = teacher.head == "auto" and head_kind != "published" and parts is not None
+    headless = headless_words(parts) if parts and unasked else ""
+    return LoadedTeacher(backbone, head, predictor, identity, teacher, name, headless)
 
 
 def fit_pca_head(
@@ -312,10 +318,12 @@ def _branch(
     if config.train.channels_last and device.type == "cuda":
         # on CPUs depthwise convolutions in inference are far slower with channels innermost
         teacher.backbone.use_channels_last()
+    mse = config.loss.kind == "mse"
     settings = DistillSettings(
+        kind=config.loss.kind,
         temperature=config.loss.temperature,
         implementation=choose_implementation(
-            config.loss.implementation, width=frozen.width, device=device
+            "plain" if mse else config.loss.implementation, width=frozen.width, device=device
         ),
         pairing=config.pairing.kind,
         pairing_radius=config.pairing.radius,
@@ -325,10 +333,13 @@ def _branch(
     )
     consumer = ("queue",) if loaded.name == "teacher" else ("queue", loaded.name)
     seed = derive_seed(config.run.seed, *consumer)
+    queue = None
+    if not mse:
+        queue = FeatureQueue(config.loss.queue_size, frozen.width, seed=seed, device=device)
     return Branch(
         name=loaded.name,
         teacher=teacher,
-        queue=FeatureQueue(config.loss.queue_size, frozen.width, seed=seed, device=device),
+        queue=queue,
         settings=settings,
         weight=loaded.options.weight,
         identity=replace(loaded.identity, sha256=tensors_sha256(teacher)),
@@ -389,11 +400,19 @@ def _load_from_timm(teacher: TeacherConfig) -> WholeNetwork:
 def _network(teacher: TeacherConfig, parts: TeacherParts) -> Network:
     """Return the file's network, or what ``teacher.arch`` says where the file leaves it open."""
     found = parts.network
+    if found == HEADS_UNKNOWN and not (teacher.arch and "num_heads" in teacher.kwargs):
+        raise WeightsError(
+            f"{teacher.weights} is {found}; set teacher.arch=vit_small_patch16_224 and "
+            "'teacher.kwargs={num_heads: 12}', or 6"
+        )
     if not teacher.arch:
         if isinstance(found, str):
+            released = parts.layout not in ("timm", "pcd_ray")
+            kind = f" ({parts.layout})" if released else ""
+            whole = "give the file as published, or " if released else ""
             raise WeightsError(
-                f"{teacher.weights} does not say its network: {found}; set teacher.arch to the "
-                "timm name"
+                f"{teacher.weights}{kind} does not say its network: {found}; {whole}set "
+                "teacher.arch to the timm name"
             )
         return found
     given = Network(teacher.arch)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pcd_ray.errors import WeightsError
 
+_PIXELS_AT_ONCE = 65_536
 _IMAGES_PER_STEP = 256
 _LEARNING_RATE = 1e-3
 _WEIGHT_DECAY = 1e-4
@@ -34,8 +35,10 @@ def pca_head(pixels: Tensor, *, dim: int, whiten: float) -> nn.Sequential:
     count, channels = pixels.shape
     check_pca_width(dim, pixels=count, channels=channels)
     mean = pixels.mean(dim=0, dtype=torch.float64)  # (C,)
-    centred = pixels - mean  # (P, C) in float64
-    covariance = centred.T @ centred / (count - 1)  # (C, C)
+    covariance = torch.zeros(channels, channels, dtype=torch.float64, device=pixels.device)
+    for chunk in pixels.split(_PIXELS_AT_ONCE):  # no second, twice as large copy of all pixels
+        centred = chunk - mean  # in float64
+        covariance.addmm_(centred.T, centred, alpha=1 / (count - 1))
     variances, axes = torch.linalg.eigh(covariance)  # ascending
     variances, axes = variances.flip(0)[:dim].clamp(min=0), axes.flip(1)[:, :dim]
     if not variances[0] > 0:

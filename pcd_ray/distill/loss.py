@@ -1,4 +1,4 @@
-"""Pixel-wise contrastive loss (PCD, arXiv 2211.00218) and its three implementations.
+"""Pixel-wise contrastive loss (PCD, arXiv 2211.00218), its three implementations, its baselines.
 
     l_i = -log( exp(s_i.t_i / tau) / ( exp(s_i.t_i / tau) + sum_k exp(s_i.q_k / tau) ) )
 
@@ -7,7 +7,13 @@ only L_i is expensive, and its gradient is (1 / tau) times the output of an atte
 s_i and keys = values = queue. `queue_logsumexp` is therefore one attention forward, whose output is
 kept for the backward pass: no (P, K) matrix, no second pass (ours; equal to the plain form).
 
-Shapes: P pixels (B x H x W), D embedding channels, K queued negatives. All in float32 or wider.
+Two baselines (ours) tell what pixels and what contrast are worth. ``image`` is the same loss with
+one pair per image, the pooled student and the pooled teacher; ``mse`` needs no negatives:
+
+    l_i = || s_i - t_i ||^2 = 2 - 2 s_i.t_i
+
+Shapes: P pixels (B x H x W; for ``image`` B), D embedding channels, K queued negatives. All in
+float32 or wider.
 """
 
 from collections.abc import Callable
@@ -20,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from pcd_ray.errors import ConfigError
 
+KINDS = ("pixel", "image", "mse")
 IMPLEMENTATIONS = ("plain", "fused", "chunked")
 _CHUNK_ROWS = 2048  # queue rows per block of the chunked form: P x 2048 logits at a time
 _MAX_FUSED_WIDTH = 256  # attention kernels are made for head sizes up to this
@@ -56,15 +63,41 @@ def contrastive_loss(
             f"student {tuple(student.shape)}, positive {tuple(positive.shape)} and negatives "
             f"{tuple(negatives.shape)} do not fit; give (P, D), (P, D) and (K, D)"
         )
-    if weights is not None and weights.shape != student.shape[:1]:
-        raise ValueError(f"weights {tuple(weights.shape)} do not fit {len(student)} pixels")
     logsumexp = queue_logsumexp(
         student, negatives, temperature=temperature, implementation=implementation
     )  # (P,)
     own = (student * positive).sum(dim=1) / temperature  # (P,)
-    per_pixel = -F.logsigmoid(own - logsumexp)  # (P,)
+    return _sum_of_shares(-F.logsigmoid(own - logsumexp), weights)
+
+
+def regression_loss(student: Tensor, positive: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Squared distance of each student pixel from its positive, as feature regression has it.
+
+    Args:
+        student: (P, D) unit vectors; gradients flow through them.
+        positive: (P, D) unit vectors, detached; row i is the positive of student row i.
+        weights: as in `contrastive_loss`.
+
+    Returns:
+        Scalar sum of the pixels' shares: 0 where all are equal, 2 at right angles, 4 at most.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if student.shape != positive.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and positive {tuple(positive.shape)} do not fit; "
+            "give (P, D) and (P, D)"
+        )
+    return _sum_of_shares((student - positive).square().sum(dim=1), weights)
+
+
+def _sum_of_shares(per_pixel: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean of (P,) losses, or their sum by (P,) weights."""
     if weights is None:
         return per_pixel.mean()
+    if weights.shape != per_pixel.shape:
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit {len(per_pixel)} pixels")
     return (per_pixel * weights).sum()
 
 

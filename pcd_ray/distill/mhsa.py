@@ -45,17 +45,31 @@ class MhsaLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
+        mixed = F.scaled_dot_product_attention(*self._parts(x))  # (B, heads, N, C / heads)
+        mixed = self.projection(mixed.transpose(1, 2).flatten(2))  # (B, N, C)
+        result: Tensor = x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
+        return result
+
+    def attention(self, x: Tensor, row: int, column: int) -> Tensor:
+        """Return the weights (B, heads, H, W) by which one position of ``x`` attends to all."""
+        _, _, height, width = x.shape
+        query, key, _ = self._parts(x)
+        asked = query[:, :, row * width + column, None]  # (B, heads, 1, C / heads)
+        scores = asked @ key.transpose(2, 3) / math.sqrt(key.shape[-1])  # (B, heads, 1, N)
+        weights: Tensor = scores.softmax(dim=-1).unflatten(3, (height, width))
+        return weights[:, :, 0]
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, each (B, heads, N, C / heads)."""
+        _, channels, height, width = x.shape
         tokens = self.norm(x.flatten(2).transpose(1, 2))  # (B, N, C)
         positions = sincos_positions(height, width, channels, device=x.device)  # (N, C)
         query, key = self.query_key(tokens + positions.to(tokens.dtype)).chunk(2, dim=-1)
         query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (query, key, self.value(tokens))
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        mixed = self.projection(mixed.transpose(1, 2).flatten(2))  # (B, N, C)
-        result: Tensor = x + mixed.transpose(1, 2).reshape(batch, channels, height, width)
-        return result
+        return query, key, value
 
 
 def sincos_positions(height: int, width: int, channels: int, *, device: torch.device) -> Tensor:

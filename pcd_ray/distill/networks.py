@@ -58,6 +58,12 @@ _MMPRETRAIN_VIT = (  # its name, timm's
 )
 
 
+HEADS_UNKNOWN = (
+    "a small vision transformer with fixed positions, of which no shape tells whether it has 6 "
+    "attention heads or, as MoCo v3's, 12"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """A timm model: its name and what ``timm.create_model`` needs besides."""
@@ -152,10 +158,7 @@ def _vision_transformer(state: Mapping[str, Tensor], *, mocov3: bool) -> Network
             f"{positions} positions, which is no common one"
         )
     if size == "small" and not mocov3 and not state["pos_embed"][0, 0].any():
-        return (
-            "a small vision transformer with fixed positions, of which no shape tells whether it "
-            "has 6 attention heads or, as MoCo v3's, 12 (teacher.kwargs={num_heads: 12})"
-        )
+        return HEADS_UNKNOWN
     kwargs: dict[str, Any] = {
         "img_size": math.isqrt(positions) * patch_px,
         "dynamic_img_size": True,

@@ -13,7 +13,7 @@ _ONLINE = "the network in training, of which the one used is a running mean"
 _MOMENTUM = "the running mean of the network used"
 _QUEUE = "negatives of its own training"
 _PROTOTYPES = "classes of its own loss, behind the head's output"
-_CLASSIFIER = "a classifier, which no teacher needs"
+CLASSIFIER = "a classifier, which no teacher needs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +66,8 @@ _SOLO = Layout(
         "momentum_projector.": _MOMENTUM,
         "momentum_predictor.": _MOMENTUM,
         "momentum_head.": _MOMENTUM,
-        "momentum_classifier.": _CLASSIFIER,
-        "classifier.": _CLASSIFIER,
+        "momentum_classifier.": CLASSIFIER,
+        "classifier.": CLASSIFIER,
         "head.last_layer.": _PROTOTYPES,
         "prototypes.": _PROTOTYPES,
         "dino_loss_func.": "the centre of its own loss",
@@ -187,7 +187,7 @@ LAYOUTS = (
         name="a backbone behind a prefix",
         told_by=("backbone.",),
         backbone="backbone.",
-        unused={"head.": _CLASSIFIER, "classifier.": _CLASSIFIER},
+        unused={"head.": CLASSIFIER, "classifier.": CLASSIFIER},
     ),
 )
 """Read from top to bottom: the first that fits is taken."""

@@ -6,6 +6,10 @@ With several teachers (ours) the loss is the weighted sum of what each of them, 
 
 Weights are taken as they are given, not normalised to a sum of 1.
 
+What is compared is the kind of the loss: ``pixel`` (PCD) each student pixel with its positive and
+the queue, ``image`` the pooled student with the pooled teacher and the queue, ``mse`` each student
+pixel with its positive alone.
+
 Shapes: B images, D embedding channels, H x W positions, N = H * W, K queued negatives.
 """
 
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 from pcd_ray.distill.feature_queue import FeatureQueue
 from pcd_ray.distill.grids import match_grids
-from pcd_ray.distill.loss import contrastive_loss
+from pcd_ray.distill.loss import contrastive_loss, regression_loss
 from pcd_ray.distill.pairing import Pairs, pair_positions, pick
 from pcd_ray.distill.teacher import FrozenTeacher, TeacherIdentity
 
@@ -60,7 +64,9 @@ class DistillSettings:
     """What the step needs to know."""
 
     temperature: float
+    """Of the losses with negatives."""
     implementation: str
+    """Of the losses with negatives: one of `pcd_ray.distill.loss.IMPLEMENTATIONS`."""
     pairing: str
     pairing_radius: float
     autocast: torch.dtype | None = None
@@ -69,6 +75,8 @@ class DistillSettings:
     """H, W on which the loss compares maps; needed where not every position has a positive."""
     grid_rule: str = "pool"
     """How maps of different sizes come to that grid."""
+    kind: str = "pixel"
+    """One of `pcd_ray.distill.loss.KINDS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +86,8 @@ class Branch:
     name: str = "teacher"
     """Its section of the configuration."""
     teacher: FrozenTeacher
-    queue: FeatureQueue
-    """Its last vectors: all that changes in a branch."""
+    queue: FeatureQueue | None
+    """Its last vectors: all that changes in a branch. None: the loss takes no negatives."""
     settings: DistillSettings
     weight: float = 1.0
     """Weight of its loss in the sum."""
@@ -89,13 +97,18 @@ class Branch:
     teacher_map: tuple[int, int, int]
     """C, H, W of the teacher's backbone map."""
 
+    @property
+    def negatives(self) -> Tensor | None:
+        """The queue's (K, D) unit vectors; None: the loss takes none."""
+        return None if self.queue is None else self.queue.negatives
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a branch gives: the loss with its graph, and what metrics and queue need, without."""
 
     loss: Tensor
-    """Scalar, in nats."""
+    """Scalar, in nats, or for ``mse`` a squared distance."""
     keys: Tensor
     """(B, D) unit vectors: the teacher's own maps, pooled before anything resamples them."""
     student: Tensor
@@ -105,6 +118,9 @@ class StepResult:
     pairs: Pairs
     shares: Tensor | None = None
     """(B * N,) share of each position in the loss; None: all have the same."""
+    pooled: Tensor | None = None
+    """(B, D) unit vectors, detached: the pooled student, where the loss compares it with the keys;
+    None: it compares pixels."""
 
 
 def distill_step(
@@ -131,7 +147,7 @@ def distill_step(
         student_maps = student(batch.student)  # (B, D, H, W) each
         teacher_maps = [branch.teacher(batch.teacher) for branch in branches]  # (B, D, H', W')
     return [
-        _compare(ours, theirs, branch.queue.negatives, batch, branch.settings, count)
+        _compare(ours, theirs, branch.negatives, batch, branch.settings, count)
         for ours, theirs, branch, count in zip(
             student_maps,
             teacher_maps,
@@ -148,35 +164,54 @@ def weighted_sum(values: Sequence[Tensor], branches: Sequence[Branch]) -> Tensor
     return torch.stack(weighted).sum()
 
 
+def loss_between(
+    student: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None,
+    settings: DistillSettings,
+    shares: Tensor | None,
+) -> Tensor:
+    """Return the loss of (P, D) unit vectors and their positives, of the settings' kind."""
+    if settings.kind == "mse":
+        return regression_loss(student, positive, weights=shares)
+    assert negatives is not None
+    return contrastive_loss(
+        student,
+        positive,
+        negatives,
+        temperature=settings.temperature,
+        implementation=settings.implementation,
+        weights=shares,
+    )
+
+
 def _compare(
     student_map: Tensor,
     teacher_map: Tensor,
-    negatives: Tensor,
+    negatives: Tensor | None,
     batch: ViewBatch,
     settings: DistillSettings,
     num_pairs: Tensor | None,
 ) -> StepResult:
     """Return one branch's result from its (B, D, H, W) and (B, D, H', W') maps."""
     student_map, teacher_map = _at_least_float32(student_map), _at_least_float32(teacher_map)
-    keys = F.normalize(teacher_map.mean((2, 3)), dim=1)  # (B, D)
-    student_map, teacher_map = match_grids(student_map, teacher_map, rule=settings.grid_rule)
-    s, t = _unit_pixels(student_map), _unit_pixels(teacher_map)  # (B, N, D)
+    keys = _unit_mean(teacher_map)  # (B, D)
+    ours, theirs = match_grids(student_map, teacher_map, rule=settings.grid_rule)
+    s, t = _unit_pixels(ours), _unit_pixels(theirs)  # (B, N, D)
     pairs = pair_positions(
         settings.pairing,
         batch.student_box,
         batch.teacher_box,
-        grid=(student_map.shape[2], student_map.shape[3]),
+        grid=(ours.shape[2], ours.shape[3]),
         radius=settings.pairing_radius,
     )
+    if settings.kind == "image":
+        pooled = _unit_mean(student_map)  # (B, D): where pixels lie does not matter
+        loss = loss_between(pooled, keys, negatives, settings, None)
+        return StepResult(loss, keys, s.detach(), t, pairs, pooled=pooled.detach())
     shares = _shares(pairs, num_pairs, dtype=s.dtype)
-    loss = contrastive_loss(
-        s.flatten(0, 1),
-        pick(t, pairs).flatten(0, 1),
-        negatives,
-        temperature=settings.temperature,
-        implementation=settings.implementation,
-        weights=shares,
-    )
+    positives = pick(t, pairs).flatten(0, 1)  # (B * N, D)
+    loss = loss_between(s.flatten(0, 1), positives, negatives, settings, shares)
     return StepResult(loss, keys, s.detach(), t, pairs, shares)
 
 
@@ -216,6 +251,11 @@ def pairs_per_part(batch: ViewBatch, settings: DistillSettings, *, parts: int) -
 def _unit_pixels(maps: Tensor) -> Tensor:
     """(B, D, H, W) -> (B, N, D) unit vectors."""
     return F.normalize(maps.flatten(2).transpose(1, 2), dim=2)
+
+
+def _unit_mean(maps: Tensor) -> Tensor:
+    """(B, D, H, W) -> (B, D) unit vectors of the pooled maps."""
+    return F.normalize(maps.mean((2, 3)), dim=1)
 
 
 def _at_least_float32(maps: Tensor) -> Tensor:

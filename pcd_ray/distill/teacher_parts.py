@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 from pcd_ray.distill.heads import MlpShape, head_from_state, shape_of
 from pcd_ray.distill.networks import Network, has_classifier, network_of, timm_names
-from pcd_ray.distill.releases import Layout, layout_of
-from pcd_ray.distill.weights import METADATA_KEY, WeightsFile, listed
-from pcd_ray.errors import WeightsError
+from pcd_ray.distill.releases import CLASSIFIER, Layout, layout_of
+from pcd_ray.distill.weights import METADATA_KEY, WeightsFile, check_finite, listed
+from pcd_ray.errors import WeightsError, naming
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Input normalisation of every published layout."""
+_MASKING = {
+    "mask_token": "stands for hidden patches in its own training",
+    "decoder_": "a decoder of pixels, which is no projection head",
+}
+"""Prefixes of keys that masked pre-training leaves beside a bare backbone, and what they are."""
 _PARALLEL = "module."  # DistributedDataParallel puts it before every name
 
 
@@ -53,6 +58,12 @@ def take_apart(file: WeightsFile) -> TeacherParts:
     wrapped = any(key.startswith(_PARALLEL) for key in file.tensors)
     prefix = _PARALLEL if wrapped else ""
     tensors = {key.removeprefix(prefix): value for key, value in file.tensors.items()}
+    if len(tensors) < len(file.tensors):
+        twice = [key for key in file.tensors if f"{prefix}{key}" in file.tensors]
+        raise WeightsError(
+            f"{file.uri} holds {len(twice)} keys with and without {_PARALLEL}: {listed(twice)}; "
+            "give the file as published"
+        )
     layout = layout_of(tensors, parallel=wrapped)
     beside = dict.fromkeys(file.beside, "stands beside the weights")
     if layout is None:
@@ -68,7 +79,7 @@ def take_apart(file: WeightsFile) -> TeacherParts:
         network=network_of(backbone, mocov3=layout.mocov3_vit),
         backbone=backbone,
         head=head,
-        predictor=_predictor(layout, groups, head),
+        predictor=_predictor(layout, groups, head, uri=file.uri),
         unused={f"{prefix}{g}": unused[g] for g in groups if g in unused} | beside,
         licence=layout.licence,
         mean=IMAGENET_MEAN,
@@ -133,27 +144,33 @@ def _head(
             f"{uri} holds {layout.name}'s backbone but no head ({'* or '.join(layout.head)}*); "
             f"{layout.full_file}"
         )
-    return _mlp(layout, state)
+    return _mlp(layout, state, uri=uri)
 
 
 def _predictor(
-    layout: Layout, groups: Mapping[str, dict[str, Tensor]], head: nn.Sequential | None
+    layout: Layout,
+    groups: Mapping[str, dict[str, Tensor]],
+    head: nn.Sequential | None,
+    *,
+    uri: str,
 ) -> MlpShape | None:
     if layout.predictor not in groups or not layout.predictor:
         return None
-    built = _mlp(layout, groups[layout.predictor])
+    built = _mlp(layout, groups[layout.predictor], uri=uri)
     if layout.predictor_behind_head:
         built = built[len(head or ()) :]
     return shape_of(built) if len(built) else None
 
 
-def _mlp(layout: Layout, state: Mapping[str, Tensor]) -> nn.Sequential:
+def _mlp(layout: Layout, state: Mapping[str, Tensor], *, uri: str) -> nn.Sequential:
     named = {layout.rename(key): value for key, value in state.items()}
     lone = {"weight", "bias"} >= named.keys()  # a single layer, which has no index
-    return head_from_state(
-        {f"0.{key}" if lone else key: value for key, value in named.items()},
-        activation=layout.activation,
-    )
+    check_finite(named, uri=uri)
+    with naming(f"{uri} ({layout.name})"):
+        return head_from_state(
+            {f"0.{key}" if lone else key: value for key, value in named.items()},
+            activation=layout.activation,
+        )
 
 
 def _bare(file: WeightsFile, tensors: dict[str, Tensor], beside: dict[str, str]) -> TeacherParts:
@@ -161,7 +178,13 @@ def _bare(file: WeightsFile, tensors: dict[str, Tensor], beside: dict[str, str])
     said = file.metadata
     if str(said.get("made_by", "")).startswith("pcd_ray"):  # others write entries of other forms
         return _exported(file)
+    unused = beside | {
+        p: why for p, why in _MASKING.items() if any(k.startswith(p) for k in tensors)
+    }
+    tensors = {key: value for key, value in tensors.items() if not key.startswith((*_MASKING,))}
     network = network_of(tensors)
+    if isinstance(network, Network):  # of others it may be a projection
+        unused |= {f"{name}.": CLASSIFIER for name in ("fc", "head") if f"{name}.weight" in tensors}
     # self-supervised vision transformers take ImageNet's statistics, timm's supervised ones others
     imagenet = (
         isinstance(network, Network)
@@ -172,7 +195,7 @@ def _bare(file: WeightsFile, tensors: dict[str, Tensor], beside: dict[str, str])
         layout="timm",
         network=network,
         backbone=tensors,
-        unused=beside,
+        unused=unused,
         mean=IMAGENET_MEAN if imagenet else None,
         std=IMAGENET_STD if imagenet else None,
     )

@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -26,6 +27,7 @@ from pcd_ray.errors import WeightsError
 
 METADATA_KEY = "pcd_ray"
 """Name under which our own safetensors files carry their JSON metadata."""
+_COUNT = ".num_batches_tracked"  # torch before 0.4.1 did not count, and nothing here needs it
 _LISTED_KEYS = 6  # of a long list of keys, the first few say enough
 
 
@@ -99,7 +101,7 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], *, uri: str) 
     own = backbone.body.state_dict()
     classifier = _classifier_names(backbone.body)
     left = [key for key in state if key not in own and key.rpartition(".")[0] not in classifier]
-    missing = [key for key in own if key not in state]
+    missing = [key for key in own if key not in state and not key.endswith(_COUNT)]
     wrong = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
@@ -115,7 +117,22 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], *, uri: str) 
             f"{uri} is no {backbone.name} file ({'; '.join(problems)}); give the matching file, "
             "or change teacher.arch and teacher.kwargs"
         )
-    backbone.body.load_state_dict({key: state[key] for key in own}, strict=True)
+    check_finite({key: state[key] for key in own if key in state}, uri=uri)
+    backbone.body.load_state_dict({k: state.get(k, v) for k, v in own.items()}, strict=True)
+
+
+def check_finite(tensors: Mapping[str, Tensor], *, uri: str) -> None:
+    """Refuse weights that are infinite or no number.
+
+    Raises:
+        WeightsError: some are; they are named.
+    """
+    bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise WeightsError(
+            f"{uri} holds infinite or NaN numbers in {listed(bad)}; fetch the file again, or take "
+            "an earlier checkpoint"
+        )
 
 
 def tensors_sha256(module: nn.Module) -> str:
@@ -168,29 +185,47 @@ def _torch_content(uri: str, data: bytes) -> object:
     try:
         with torch.serialization.safe_globals(inert):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_unpickling_words(uri, str(error))) from error
     except Exception as error:  # bytes that are no torch file fail in any way
-        cause = [type(error).__name__, *str(error).splitlines()][:2]
-        raise WeightsError(
-            f"{uri} is truncated or no weights file ({': '.join(cause)}); "
-            "give a .safetensors or .pth file"
-        ) from error
+        refused = isinstance(error, pickle.UnpicklingError) and _refused_name(str(error))
+        if refused:
+            raise WeightsError(
+                f"{uri} names {refused}, which no weights need, and is not unpickled freely; give "
+                "the file as its publisher has it, or save its state dict alone, or as .safetensors"
+            ) from error
+        raise WeightsError(f"{uri} {_what_else(data)}") from error
 
 
-def _unpickling_words(uri: str, problem: str) -> str:
+def _refused_name(problem: str) -> str:
+    """Return what a pickle names that torch does not build; empty: something else is wrong."""
     named = re.search(r"GLOBAL (\S+)", problem)
-    if named:
+    return named[1] if named else ""
+
+
+def _what_else(data: bytes) -> str:
+    """Say what bytes are that torch cannot read as tensors, and what to do."""
+    again = "fetch the file again"
+    if data.lstrip()[:1] == b"<":
+        return f"is a web page and no weights (an error page or a login); {again}"
+    if data.startswith(b"version https://git-lfs"):
         return (
-            f"{uri} names {named[1]}, which no weights need, and is not unpickled freely; give the "
-            "file as its publisher has it, or save its state dict alone, or as .safetensors"
+            "is a pointer of git-lfs and no weights; run `git lfs pull`, or fetch the file itself"
         )
-    found = re.search(r"WeightsUnpickler error: (.*)", problem)
-    return (
-        f"{uri} is no torch file of plain tensors and is not unpickled freely "
-        f"({found[1] if found else problem.splitlines()[0]}); save its state dict alone, or as "
-        ".safetensors"
-    )
+    if data.startswith(b"PK"):
+        if not zipfile.is_zipfile(io.BytesIO(data)):
+            return f"is truncated at {len(data):,} bytes; {again}"
+        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return (
+                "is a TorchScript program, which is not run here; save its state dict alone, or "
+                "give the same weights under timm's names"
+            )
+        return f"is a damaged torch file, or a zip of something else; {again}"
+    if data[:1] == b"\x80":
+        return (
+            "is a pickle of no plain tensors, or a truncated one, and is not unpickled freely; "
+            f"{again}, or save its state dict alone, or as .safetensors"
+        )
+    return f"is no weights file; give a .safetensors or .pth file, or {again}"
 
 
 def _looks_like_safetensors(data: bytes) -> bool:

@@ -1,6 +1,6 @@
 """Scores of predicted masks, from a confusion matrix of pixels.
 
-Shapes: L classes, Y x X mask pixels.
+Shapes: L classes, Y x X mask pixels, N images, R draws of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,6 +40,11 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, *, num_classes: int, void
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def sum_of(confusions: Sequence[Tensor]) -> Tensor:
+    """Return the confusion matrix (L, L) of all images of a split."""
+    return torch.stack(list(confusions)).sum(dim=0)
+
+
 def score_of(confusion: Tensor, classes: Sequence[str]) -> SegmentationScore:
     """Return the scores of a confusion matrix (L, L).
 
@@ -60,3 +65,39 @@ def score_of(confusion: Tensor, classes: Sequence[str]) -> SegmentationScore:
         aacc_pct=float(100 * right.sum() / counts.sum()),
         iou_pct=dict(zip(classes, iou.tolist(), strict=True)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCounts:
+    """Pixels of each test image by class, enough for every score of any draw of images."""
+
+    right: Tensor
+    """(N, L) int64: found."""
+    truth: Tensor
+    """(N, L) int64: in the truth."""
+    predicted: Tensor
+    """(N, L) int64: predicted, where the truth is not void."""
+
+    @classmethod
+    def of(cls, confusions: Sequence[Tensor]) -> "ImageCounts":
+        """Return the counts of one confusion matrix (L, L) for each image."""
+        return cls(
+            right=torch.stack([each.diag() for each in confusions]),
+            truth=torch.stack([each.sum(dim=1) for each in confusions]),
+            predicted=torch.stack([each.sum(dim=0) for each in confusions]),
+        )
+
+    def scores(self, times: Tensor) -> dict[str, Tensor]:
+        """Return ``miou``, ``macc`` and ``aacc`` in percent, (R,) each, of R draws of images.
+
+        Args:
+            times: how often each image was drawn, (R, N) float64.
+        """
+        right, truth, predicted = (
+            times @ counts.double() for counts in (self.right, self.truth, self.predicted)
+        )  # (R, L) each
+        return {
+            "miou": (100 * right / (truth + predicted - right)).nanmean(dim=1),
+            "macc": (100 * right / truth).nanmean(dim=1),
+            "aacc": 100 * right.sum(dim=1) / truth.sum(dim=1),
+        }

@@ -14,7 +14,8 @@ from pcd_ray.data.image_index import classes_of, column, relabelled
 from pcd_ray.data.shards import REMOTE_READS, read_image_bytes
 from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, naming
-from pcd_ray.evaluate.segmentation_data import SegmentationData, open_segmentation
+from pcd_ray.evaluate.segmentation_data import SegmentationData
+from pcd_ray.evaluate.segmentation_layouts import open_layout
 
 KNN_SAMPLE = 500
 """Images of each kNN set that are decoded before training."""
@@ -74,7 +75,11 @@ def open_probe(config: Config) -> SegmentationData | None:
     if not config.eval.segmentation:
         return None
     with naming("eval.segmentation"):
-        return open_segmentation(config.eval.segmentation, size_px=config.eval.segmentation_size_px)
+        return open_layout(
+            config.eval.segmentation,
+            preset=config.eval.segment.preset,
+            size_px=config.eval.segmentation_size_px,
+        )
 
 
 def look_through(config: Config) -> dict[str, str]:

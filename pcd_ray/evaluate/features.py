@@ -25,13 +25,22 @@ def frozen_map(feature_map: FeatureMap, images: Tensor) -> Tensor:
         ValueError: the network is in train mode, so that a batch would change its statistics.
         TrainingError: the map holds infinities or NaN.
     """
-    if isinstance(feature_map, nn.Module):
-        if feature_map.training:
-            raise ValueError("the network is in train mode; call .eval() before evaluating it")
-        images = images.to(next(chain(feature_map.parameters(), feature_map.buffers())).device)
-    features = feature_map(images).float()
+    features = feature_map(brought_to(feature_map, images)).float()
     check_finite(features)
     return features
+
+
+def brought_to(feature_map: FeatureMap, images: Tensor) -> Tensor:
+    """Return images on the device of a network that is a module, and in eval mode.
+
+    Raises:
+        ValueError: the network is in train mode.
+    """
+    if not isinstance(feature_map, nn.Module):
+        return images
+    if feature_map.training:
+        raise ValueError("the network is in train mode; call .eval() before evaluating it")
+    return images.to(next(chain(feature_map.parameters(), feature_map.buffers())).device)
 
 
 def check_finite(features: Tensor) -> None:

@@ -1,11 +1,8 @@
 """Pictures of a run, each as PNG bytes: curves, views, principal-component maps, masks.
 
-Colours are safe for colour-blind readers (Okabe and Ito; Tol's muted set for classes).
-
 Shapes: B images, H x W pixels, C channels, h x w map positions.
 """
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
@@ -22,22 +18,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pcd_ray import metric_names as names
-
-Pixels = NDArray[np.uint8]
-Pictures = Sequence[Pixels] | Tensor | Pixels
-"""Pictures or masks of equal or different sizes, one after another."""
-
-_WIDTH_IN = 10.0
-_DPI = 150
-_INK, _FAINT, _GRID = "#2b2f36", "#6b7280", "#e5e7eb"
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-# fmt: off
-_MUTED = (
-    "#88ccee", "#cc6677", "#ddcc77", "#332288", "#44aa99", "#117733",
-    "#aa4499", "#999933", "#882255", "#e69f00", "#0072b2", "#661100",
+from pcd_ray.evaluate.drawing import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GRID,
+    INK,
+    ORANGE,
+    PURPLE,
+    WIDTH_IN,
+    Pictures,
+    Pixels,
+    bare,
+    class_palette,
+    image_table,
+    png_of,
+    show,
 )
-# fmt: on
-_VOID_COLOUR = "#e8e8e8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,6 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel(names.LOSS, "Loss", "nats"),
     _Panel(names.POSITIVE_COSINE, "Positive cosine"),
     _Panel(names.QUEUE_TOP1, "Image retrieval top-1", "%"),
     _Panel(names.PIXEL_TOP1, "Pixel retrieval top-1", "%"),
@@ -62,6 +58,7 @@ def loss_curve(
     history: Sequence[Mapping[str, float]],
     *,
     knn_references: Mapping[str, float] | None = None,
+    loss_unit: str = "nats",
 ) -> bytes:
     """Return small multiples of what was logged while training.
 
@@ -69,16 +66,18 @@ def loss_curve(
         history: lines of metrics, each with ``step`` and some of the known names; a step that
             was logged twice (after a resume) counts as logged last.
         knn_references: name -> kNN top-1 in percent, drawn as level lines, e.g. of the teacher.
+        loss_unit: what the loss is counted in; empty for a squared distance.
 
     Raises:
         ValueError: no line has a metric that is drawn.
     """
-    panels = [panel for panel in _PANELS if len(_points(history, panel.key))]
+    known = (_Panel(names.LOSS, "Loss", loss_unit), *_PANELS)
+    panels = [panel for panel in known if len(_points(history, panel.key))]
     if not panels:
         raise ValueError(f"the {len(history)} lines of metrics have none of those that are drawn")
     columns = min(len(panels), 4 if len(panels) in (4, 7, 8) else 3)
     rows = -(-len(panels) // columns)
-    width = _WIDTH_IN * min(1, columns / 3)
+    width = WIDTH_IN * min(1, columns / 3)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06)
     figure = Figure(figsize=(width, (1.3 + 3 / max(columns, 3)) * rows), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
@@ -88,8 +87,8 @@ def loss_curve(
             _draw_references(axis, knn_references or {})
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    figure.supxlabel("step", fontsize=8, color=_FAINT)
-    return _png(figure)
+    figure.supxlabel("step", fontsize=8, color=FAINT)
+    return png_of(figure)
 
 
 def views_grid(
@@ -108,8 +107,8 @@ def views_grid(
     """
     two = teacher_views is not None
     rows, columns = (3 if two else 1), len(student_views)
-    side = _WIDTH_IN / columns
-    figure = Figure(figsize=(_WIDTH_IN, side * rows + 0.25), layout="constrained")
+    side = WIDTH_IN / columns
+    figure = Figure(figsize=(WIDTH_IN, side * rows + 0.25), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     views = {"student" if two else "both networks": student_views}
     if teacher_views is not None:
@@ -117,17 +116,17 @@ def views_grid(
     for row, (name, pixels) in enumerate(views.items()):
         boxes = teacher_boxes if name == "teacher" else student_boxes
         for column, box in enumerate(np.asarray(boxes)):
-            _show(axes[row, column], np.asarray(pixels[column]))
-            axes[row, column].set_xlabel(_box_words(box), fontsize=7, color=_FAINT)
-        axes[row, 0].set_ylabel(name, fontsize=10, color=_INK)
+            show(axes[row, column], np.asarray(pixels[column]))
+            axes[row, column].set_xlabel(_box_words(box), fontsize=7, color=FAINT)
+        axes[row, 0].set_ylabel(name, fontsize=10, color=INK)
     if two:
         boxes_of_both = (np.asarray(student_boxes), np.asarray(teacher_boxes))
         for axis, first, second in zip(axes[2], *boxes_of_both, strict=True):
-            _draw_boxes(axis, {_BLUE: first, _ORANGE: second})
-        axes[2, 0].set_ylabel("crops", fontsize=10, color=_INK)
-        handles = [Patch(color=_BLUE, label="student"), Patch(color=_ORANGE, label="teacher")]
+            _draw_boxes(axis, {BLUE: first, ORANGE: second})
+        axes[2, 0].set_ylabel("crops", fontsize=10, color=INK)
+        handles = [Patch(color=BLUE, label="student"), Patch(color=ORANGE, label="teacher")]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def pca_maps(images: Pixels | Tensor, maps: Mapping[str, Tensor]) -> bytes:
@@ -141,7 +140,7 @@ def pca_maps(images: Pixels | Tensor, maps: Mapping[str, Tensor]) -> bytes:
     for name, features in maps.items():
         grid = f"{features.shape[2]} x {features.shape[3]} positions"
         columns[f"{name}\n{grid}"] = list(pca_colours(features))
-    return _png(_image_table(columns, aspect=images.shape[1] / images.shape[2]))
+    return png_of(image_table(columns, aspect=images.shape[1] / images.shape[2]))
 
 
 def pca_colours(features: Tensor) -> NDArray[np.float32]:
@@ -178,11 +177,11 @@ def segmentation_grid(
         predictions: network's name -> masks (Y, X), one per image.
         classes: names by label.
     """
-    palette = _palette(len(classes))  # (256, 3)
+    palette = class_palette(len(classes))  # (256, 3)
     masks = {"truth": _arrays(truth)} | {name: _arrays(of) for name, of in predictions.items()}
     columns: dict[str, Sequence[NDArray[Any]]] = {"image": _arrays(images)}
     columns |= {name: [palette[mask] for mask in of] for name, of in masks.items()}
-    figure = _image_table(columns, aspect=images[0].shape[0] / images[0].shape[1])
+    figure = image_table(columns, aspect=images[0].shape[0] / images[0].shape[1])
     shown = np.unique(np.concatenate([np.unique(mask) for of in masks.values() for mask in of]))
     handles = [
         Patch(
@@ -196,9 +195,9 @@ def segmentation_grid(
         ncols=min(6, len(handles)),
         frameon=False,
         fontsize=9,
-        labelcolor=_INK,
+        labelcolor=INK,
     )
-    return _png(figure)
+    return png_of(figure)
 
 
 def _arrays(pictures: Pictures) -> list[Pixels]:
@@ -214,19 +213,21 @@ def _points(history: Sequence[Mapping[str, float]], key: str) -> NDArray[np.floa
 def _draw_panel(axis: Axes, panel: _Panel, history: Sequence[Mapping[str, float]]) -> None:
     logged = _points(history, panel.key)
     marker = "o" if len(logged) <= 20 else ""
-    axis.plot(*logged.T, color=_BLUE, linewidth=0.7, alpha=0.3)
-    axis.plot(*_smooth(logged).T, color=_BLUE, linewidth=1.8, marker=marker, markersize=3.5)
+    axis.plot(*logged.T, color=BLUE, linewidth=0.7, alpha=0.3)
+    axis.plot(*_smooth(logged).T, color=BLUE, linewidth=1.8, marker=marker, markersize=3.5)
     if panel.key == names.LOSS:
         floor = _points(history, names.LOSS_FLOOR)
         if len(floor):
             lowest = _smooth(floor)
-            axis.plot(*lowest.T, color=_FAINT, linewidth=1.2)
-            _name_line(axis, "floor: a perfect student", float(lowest[-1, 1]), color=_FAINT)
+            axis.plot(*lowest.T, color=FAINT, linewidth=1.2)
+            if len(lowest) == 1:  # one point is no line
+                axis.axhline(lowest[0, 1], color=FAINT, linewidth=1.2)
+            _name_line(axis, "floor: a perfect student", float(lowest[-1, 1]), color=FAINT)
     _dress(axis, f"{panel.title} ({panel.unit})" if panel.unit else panel.title)
 
 
 def _draw_references(axis: Axes, references: Mapping[str, float]) -> None:
-    colors = itertools.cycle((_FAINT, _ORANGE, _GREEN, _PURPLE))  # as the cards of a report
+    colors = itertools.cycle((FAINT, ORANGE, GREEN, PURPLE))  # as the cards of a report
     for (name, value), color in zip(references.items(), colors, strict=False):
         axis.axhline(value, color=color, linewidth=1.2, linestyle="--")
         _name_line(axis, f"{name} {value:.1f}", value, color=color)
@@ -256,40 +257,14 @@ def _smooth(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _dress(axis: Axes, title: str) -> None:
-    axis.set_title(title, fontsize=10, color=_INK, loc="left")
-    axis.tick_params(labelsize=8, colors=_FAINT, length=0, labelbottom=True)
-    axis.locator_params(axis="x", nbins=4)
-    axis.grid(color=_GRID, linewidth=0.8)
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.tick_params(labelsize=8, colors=FAINT, length=0, labelbottom=True)
+    axis.locator_params(axis="x", nbins=4, integer=True)  # steps are whole
+    axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     for side, spine in axis.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_GRID)
-
-
-def _show(axis: Axes, pixels: NDArray[Any]) -> None:
-    axis.imshow(pixels, interpolation="nearest")
-    _bare(axis)
-
-
-def _bare(axis: Axes) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-
-
-def _image_table(columns: Mapping[str, Sequence[NDArray[Any]]], *, aspect: float) -> Figure:
-    """Return a figure with titled columns of pictures, all drawn ``aspect`` as high as wide."""
-    rows = len(next(iter(columns.values())))
-    side = _WIDTH_IN / len(columns)
-    figure = Figure(figsize=(_WIDTH_IN, rows * side * aspect + 0.6), layout="constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (name, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(name, fontsize=10, color=_INK)
-        for axis, pixels in zip(axes[:, column], pictures, strict=True):
-            _show(axis, pixels)
-            axis.set_aspect(aspect * pixels.shape[1] / pixels.shape[0])
-    return figure
+        spine.set_color(GRID)
 
 
 def _box_words(box: NDArray[np.float32]) -> str:
@@ -305,22 +280,4 @@ def _draw_boxes(axis: Axes, boxes: Mapping[str, NDArray[np.float32]]) -> None:
     axis.autoscale_view()
     axis.invert_yaxis()
     axis.set_aspect("equal")
-    _bare(axis)
-
-
-def _palette(num_classes: int) -> Pixels:
-    """Return a colour for each label, (256, 3) uint8; labels that are no class look void."""
-    turns = np.arange(max(0, num_classes - len(_MUTED))) * 0.618  # the golden ratio spreads hues
-    extra = hsv_to_rgb(
-        np.stack([turns % 1, 0.45 + 0.3 * (turns % 0.7), 0.9 - 0.5 * (turns % 0.9)], 1)
-    )
-    known = [to_rgb(color) for color in _MUTED[:num_classes]]
-    palette = np.full((256, 3), to_rgb(_VOID_COLOUR))
-    palette[:num_classes] = np.concatenate([np.array(known).reshape(-1, 3), extra])
-    return np.round(255 * palette).astype(np.uint8)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    bare(axis)

@@ -17,17 +17,20 @@ import ray
 import torch
 
 from pcd_ray import storage
-from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
+from pcd_ray.checkpoint import RunFolder, find_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.build import build_student, load_teachers
+from pcd_ray.distill.student import Student
 from pcd_ray.errors import ConfigError, PcdError, naming
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps, segmentation_grid, views_grid
+from pcd_ray.evaluate.necks import stored_student
+from pcd_ray.evaluate.pixel_pictures import draw_pixel_pictures
 from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.segmentation_data import SegmentationData
@@ -84,7 +87,8 @@ def _judge(config: Config, device: str) -> Judgement:
     torch.set_num_threads(os.cpu_count() or 1)  # nothing else computes now
     place = torch.device(device)
     stored = find_checkpoint(RunFolder.of(config).uri)
-    networks = _networks(config, stored, place)
+    student = stored_student(stored).to(place)
+    networks = _networks(config, student, place)
     judged = Judgement(int(stored.about["step"]))
     with _noted("kNN", judged.failures):
         judged.scores.update(_knn(config, networks, place))
@@ -92,7 +96,7 @@ def _judge(config: Config, device: str) -> Judgement:
         _judge_segmentation(config, networks, judged)
     with _noted("pictures", judged.failures):
         _draw_views(config)
-        _draw_maps(config, networks, place)
+        _draw_looks(config, networks, student)
     return judged
 
 
@@ -126,17 +130,8 @@ def _judge_segmentation(config: Config, networks: dict[str, Backbone], judged: J
     storage.write_bytes(picture, _drawn_predictions(data, networks, probes))
 
 
-def _networks(config: Config, stored: Checkpoint, device: torch.device) -> dict[str, Backbone]:
-    untrained, student = build_student(config, []), build_student(config, [])
-    prefix = "backbone."
-    student.backbone.load_state_dict(
-        {
-            key.removeprefix(prefix): value
-            for key, value in stored.student_weights().items()
-            if key.startswith(prefix)
-        }
-    )
-    found = {"untrained": untrained.backbone, "student": student.backbone}
+def _networks(config: Config, student: Student, device: torch.device) -> dict[str, Backbone]:
+    found = {"untrained": build_student(config, []).backbone, "student": student.backbone}
     found |= {loaded.name: loaded.backbone for loaded in load_teachers(config)}
     return {name: network.to(device).eval() for name, network in found.items()}
 
@@ -239,16 +234,21 @@ def _draw_views(config: Config) -> None:
     storage.write_bytes(RunFolder.of(config).file("figures", "views.png"), png)
 
 
-def _draw_maps(config: Config, networks: dict[str, Backbone], device: torch.device) -> None:
-    """Draw PCA colour maps of all networks on the same images."""
+def _draw_looks(config: Config, networks: dict[str, Backbone], student: Student) -> None:
+    """Draw what all networks make of the same images and of one pixel of them."""
     large = _takes_any_size(networks, _FIGURE_ZOOM * config.augment.image_size_px)
-    images = _figure_images(config, large=large)
-    maps = {
-        name: frozen_map(network, torch.from_numpy(images).to(device)).cpu()
-        for name, network in networks.items()
-    }
-    png = pca_maps(images, maps)
-    storage.write_bytes(RunFolder.of(config).file("figures", "pca_maps.png"), png)
+    images = torch.from_numpy(_figure_images(config, large=large))
+    maps = {name: frozen_map(network, images).cpu() for name, network in networks.items()}
+    figures = RunFolder.of(config).file("figures")
+    storage.write_bytes(storage.join(figures, "pca_maps.png"), pca_maps(images, maps))
+    pictures = draw_pixel_pictures(
+        networks,
+        images,
+        pixel=config.eval.pixel,
+        necks={"student": student} if len(student.neck) else {},
+    )
+    for name, png in pictures.items():
+        storage.write_bytes(storage.join(figures, name), png)
 
 
 def _takes_any_size(networks: dict[str, Backbone], size: int) -> bool:

@@ -22,9 +22,22 @@ _NETWORKS = {
     "teacher": "Teacher",
     "teacher_2": "Second teacher",
 }
-_PICTURES = {
+_HOW = {
+    "pixel": "pixel by pixel",
+    "image": "image by image",
+    "mse": "by regression of pixels",
+}
+PICTURES = {
     "pca_maps.png": "The same images as each network's frozen backbone sees them: the three "
     "strongest principal components of its map as red, green and blue.",
+    "similarity.png": "What resembles the marked pixel: the cosine of its feature with that of "
+    "every other position of the same image. Yellow is alike; each network has its own scale.",
+    "receptive_fields.png": "Effective receptive field: how much each pixel of the image moves the "
+    "feature in the middle of the map (absolute gradient, averaged over images; brightness is its "
+    "square root). The frame is the smallest square that holds half of it.",
+    "attention_student.png": "Where the marked pixel looks in the student's MHSA neck, which is "
+    "left out at export: attention of each head, from none (dark) to its own maximum (yellow), "
+    "which is given as a multiple of an even share.",
     "segmentation.png": "What a linear classifier makes of each frozen map, beside the truth.",
     "views.png": "Views as the networks are fed them, with the crop and flip they carry.",
 }
@@ -46,7 +59,7 @@ def write_report(
     """
     figures = [*_curves(folder, config, summary, history), *_pictures(folder)]
     page = render_report(
-        title=f"Distilling {config.student.backbone} pixel by pixel: {config.run.name}",
+        title=f"Distilling {config.student.backbone} {_HOW[config.loss.kind]}: {config.run.name}",
         lead=_lead(config, summary),
         tables=_tables(summary),
         figures=figures,
@@ -68,14 +81,15 @@ def _curves(
         return []
     scores = stored_references(folder, config) or summary.get("knn_top1", {})
     references = {_NETWORKS[n]: scores[n] for n in _NETWORKS if n in scores and n != "student"}
-    png = loss_curve(history, knn_references=references)
+    unit = "" if config.loss.kind == "mse" else "nats"
+    png = loss_curve(history, knn_references=references, loss_unit=unit)
     storage.write_bytes(folder.file("figures", "loss_curve.png"), png)
     return [Figure(png, "How training went. Chance for a position is 100 / positions of the map.")]
 
 
 def _pictures(folder: RunFolder) -> list[Figure]:
     found = []
-    for name, caption in _PICTURES.items():
+    for name, caption in PICTURES.items():
         uri = folder.file("figures", name)
         if storage.exists(uri):
             found.append(Figure(storage.read_bytes(uri), caption))
@@ -133,9 +147,21 @@ def _notes(config: Config, summary: Mapping[str, Any]) -> list[str]:
                 _teachers(plan).items(), config.teachers.values(), strict=True
             )
         ),
-        f"Losses of other temperatures or queue sizes are not comparable: a student that knows "
-        f"nothing costs {plan['chance_loss']:.2f} here.",
+        _loss_note(config, plan["chance_loss"]),
     ]
+
+
+def _loss_note(config: Config, chance: float) -> str:
+    if config.loss.kind == "mse":
+        return (
+            "The loss is the squared distance of unit vectors, not comparable with contrastive "
+            f"ones: a student at right angles to its teacher costs {chance:.2f} here."
+        )
+    pairs = "pooled images" if config.loss.kind == "image" else "pixels"
+    return (
+        f"The loss compares {pairs}. Losses of other kinds, temperatures or queue sizes are not "
+        f"comparable: a student that knows nothing costs {chance:.2f} here."
+    )
 
 
 def _teachers(plan: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

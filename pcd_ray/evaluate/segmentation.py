@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcd_ray.errors import ShardError
-from pcd_ray.evaluate.confusion import SegmentationScore, confusion_matrix, score_of
+from pcd_ray.evaluate.confusion import SegmentationScore, confusion_matrix, score_of, sum_of
 from pcd_ray.evaluate.features import FeatureMap, frozen_map
 from pcd_ray.evaluate.segmentation_data import VOID, SegmentationData
 from pcd_ray.seeds import derive_seed
@@ -50,6 +50,8 @@ class ProbeResult:
 
     scores: Mapping[str, SegmentationScore]
     """Split -> its scores."""
+    confusions: Mapping[str, Sequence[Tensor]]
+    """Split -> the confusion matrix (L, L) of each of its images, in its order."""
     head: LinearHead
 
     def predict(
@@ -112,11 +114,12 @@ def linear_probe_miou(
     )
     weight = weight / std.to(device)[:, None]  # fold the standardisation into the classifier
     head = LinearHead(weight, bias - mean.to(device) @ weight)
-    scores = {
-        split: _score(head, feature_map, data, split=split, batch_size=batch_size)
+    confusions = {
+        split: _confusions(head, feature_map, data, split=split, batch_size=batch_size)
         for split in splits
     }
-    return ProbeResult(scores, head)
+    scores = {split: score_of(sum_of(each), data.classes) for split, each in confusions.items()}
+    return ProbeResult(scores, confusions, head)
 
 
 def upsampled(logits: Tensor, *, height: int, width: int) -> Tensor:
@@ -228,19 +231,22 @@ def _mean_loss(batch: Sequence[Sequence[_Example]], weight: Tensor, bias: Tensor
     return total / max(pixels, 1)
 
 
-def _score(
+def _confusions(
     head: LinearHead,
     feature_map: FeatureMap,
     data: SegmentationData,
     *,
     split: str,
     batch_size: int,
-) -> SegmentationScore:
-    num_classes = len(data.classes)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+) -> list[Tensor]:
+    """Return the confusion matrix of each image of a split."""
+    found: list[Tensor] = []
     for images, masks in data.batches(split, batch_size=batch_size):
         height, width = masks.shape[1:]
         features = frozen_map(feature_map, images)
         predicted = head.predict(features, height_px=height, width_px=width).cpu()
-        confusion += confusion_matrix(masks, predicted, num_classes=num_classes, void=VOID)
-    return score_of(confusion, data.classes)
+        found += [
+            confusion_matrix(truth, mask, num_classes=len(data.classes), void=VOID)
+            for truth, mask in zip(masks, predicted, strict=True)
+        ]
+    return found

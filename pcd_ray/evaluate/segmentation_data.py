@@ -5,11 +5,12 @@
     images/ID.jpg|.jpeg|.png       RGB
     masks/ID.png                   8 bits, one channel: a label, or 255 = void (not judged)
 
-Shapes: B images, H x W pixels of the network's input, Y x X pixels of the mask.
+Shapes: B images, L classes, H x W pixels of the network's input, Y x X pixels of the mask.
 """
 
 import io
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,10 @@ from pcd_ray.errors import ShardError
 VOID = 255
 """Label of pixels that are not judged."""
 
+_READS = 8  # at once
 _SPLITS = ("train", "val", "test")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_LAYOUT = "a segmentation set has images/, masks/, classes.txt, train.txt and val.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class SegmentationData:
     """Id -> URI of its mask."""
     size_px: int
     """Height that images are resized to, their shape kept; 0 keeps theirs. Masks stay whole."""
+    relabel: tuple[int, ...] = ()
+    """Label of each value 0 to 255 of the mask files; empty: they are labels."""
 
     def example(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return an id's image (H, W, 3), resized, and its mask (Y, X) in full size.
@@ -49,13 +54,44 @@ class SegmentationData:
         Raises:
             ShardError: a file is damaged, the two differ in size, or a label is out of range.
         """
-        image = _decoded(self.images[name]).convert("RGB")
-        mask = _decoded(self.masks[name])
-        self._check(name, image, mask)
+        image, mask = self.decoded(name)
         if self.size_px and self.size_px != image.height:
             width = max(1, round(image.width * self.size_px / image.height))
             image = image.resize((width, self.size_px), Image.Resampling.BILINEAR)
-        return np.asarray(image), np.asarray(mask)
+        return np.asarray(image), mask
+
+    def decoded(self, name: str) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """Return an id's image as it is stored, in RGB, and its labels of the same size.
+
+        Raises:
+            ShardError: as for `example`.
+        """
+        image = _decoded(self.images[name]).convert("RGB")
+        return image, self.labels(name, size=image.size)
+
+    def labels(self, name: str, *, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+        """Return the labels of an id's mask.
+
+        Args:
+            name: the id.
+            size: width and height of its image, which the mask must have; None: read them from it.
+
+        Raises:
+            ShardError: as for `example`.
+        """
+        mask = _decoded(self.masks[name])
+        self._check_mask(name, mask, size or _size_of(self.images[name]))
+        labels = np.asarray(mask)
+        if self.relabel:
+            labels = np.array(self.relabel, np.uint8)[labels]
+        beyond = [int(label) for label in np.unique(labels) if len(self.classes) <= label < VOID]
+        if beyond:
+            raise ShardError(
+                f"{self.masks[name]}: labels {beyond} are beyond the {len(self.classes)} classes "
+                f"of the set (classes.txt, where it has one); mend the mask, list the classes, or "
+                f"mark void pixels {VOID}"
+            )
+        return labels
 
     def batches(self, split: str, *, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield uint8 images (B, H, W, 3) and masks (B, Y, X) of a split, in its order.
@@ -90,23 +126,31 @@ class SegmentationData:
             )
         return self.splits[split]
 
-    def _check(self, name: str, image: Image.Image, mask: Image.Image) -> None:
+    def pixels_per_class(self, split: str) -> NDArray[np.int64]:
+        """Return how many pixels of a split each class has, (L,); reads and checks all masks.
+
+        Raises:
+            ShardError: as for `names` and `example`.
+        """
+        with ThreadPoolExecutor(_READS) as pool:
+            counts = list(pool.map(self._pixels_of, self.names(split)))
+        total: NDArray[np.int64] = np.stack(counts).sum(axis=0)
+        return total
+
+    def _pixels_of(self, name: str) -> NDArray[np.int64]:
+        labels = self.labels(name)
+        return np.bincount(labels.ravel(), minlength=VOID + 1)[: len(self.classes)]
+
+    def _check_mask(self, name: str, mask: Image.Image, size: tuple[int, int]) -> None:
         if mask.mode not in ("L", "P"):
             raise ShardError(
                 f"{self.masks[name]}: its mode is {mask.mode}; save it as an 8-bit PNG with one "
                 "channel, whose values are labels"
             )
-        if mask.size != image.size:
+        if mask.size != size:
             raise ShardError(
                 f"{self.masks[name]}: the mask is {mask.width} x {mask.height} px, its image "
-                f"{image.width} x {image.height}; make them equal"
-            )
-        labels = np.unique(np.asarray(mask))
-        beyond = [int(label) for label in labels if len(self.classes) <= label < VOID]
-        if beyond:
-            raise ShardError(
-                f"{self.masks[name]}: labels {beyond} are beyond the {len(self.classes)} classes "
-                f"of classes.txt; mend the mask, list the classes, or mark void pixels {VOID}"
+                f"{size[0]} x {size[1]}; make them equal"
             )
 
 
@@ -122,25 +166,35 @@ def open_segmentation(uri: str, *, size_px: int = 0) -> SegmentationData:
         StorageError: the folder cannot be read.
     """
     splits = {
-        split: _lines(uri, f"{split}.txt")
+        split: lines_of(uri, f"{split}.txt")
         for split in _SPLITS
         if split != "test" or storage.exists(storage.join(uri, "test.txt"))
     }
-    classes = _lines(uri, "classes.txt")
+    classes = lines_of(uri, "classes.txt")
     if len(classes) > VOID:
         raise ShardError(
             f"{uri}/classes.txt: {len(classes)} classes do not fit 8-bit masks, in which {VOID} is "
             f"void; use at most {VOID}"
         )
-    images = _files(uri, "images", suffixes=_IMAGE_SUFFIXES)
-    masks = _files(uri, "masks", suffixes=(".png",))
-    _check_present(uri, splits, {"image in images/": images, "mask in masks/": masks})
+    images = files_by_id(uri, "images", suffixes=_IMAGE_SUFFIXES)
+    masks = files_by_id(uri, "masks", suffixes=(".png",))
+    check_present(uri, splits, {"image in images/": images, "mask in masks/": masks})
     return SegmentationData(uri, classes, splits, images, masks, size_px)
 
 
-def _check_present(
+def check_present(
     uri: str, splits: Mapping[str, tuple[str, ...]], kinds: Mapping[str, Mapping[str, str]]
 ) -> None:
+    """Refuse a set whose lists name files that it lacks.
+
+    Args:
+        uri: of the set.
+        splits: ids by split.
+        kinds: what an id should have, in words -> URI by id.
+
+    Raises:
+        ShardError: an id has none.
+    """
     for split, names in splits.items():
         for kind, found in kinds.items():
             absent = [name for name in names if name not in found]
@@ -152,20 +206,22 @@ def _check_present(
                 )
 
 
-def _lines(uri: str, name: str) -> tuple[str, ...]:
+def lines_of(uri: str, name: str, *, layout: str = _LAYOUT) -> tuple[str, ...]:
+    """Return the lines of a list in a folder, blank ones left out.
+
+    Raises:
+        ShardError: it is missing, which ``layout`` says in words should be there, or empty.
+    """
     path = storage.join(uri, name)
     if not storage.exists(path):
-        raise ShardError(
-            f"{path}: is missing; a segmentation set has images/, masks/, classes.txt, train.txt "
-            "and val.txt"
-        )
+        raise ShardError(f"{path}: is missing; {layout}")
     lines = tuple(line.strip() for line in storage.read_text(path).splitlines() if line.strip())
     if not lines:
         raise ShardError(f"{path}: is empty; write one name per line")
     return lines
 
 
-def _files(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str, str]:
+def files_by_id(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Return id -> URI of the files in a folder; an id is a path without its suffix."""
     start = len(storage.split_query(storage.absolute(storage.join(uri, folder)))[0]) + 1
     found = {}
@@ -183,6 +239,14 @@ def _decoded(uri: str) -> Image.Image:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PNG: SyntaxError
         raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
     return image
+
+
+def _size_of(uri: str) -> tuple[int, int]:
+    """Return width and height of an image without decoding its pixels."""
+    try:
+        return Image.open(io.BytesIO(storage.read_bytes(uri))).size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
 
 
 def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:

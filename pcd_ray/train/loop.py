@@ -102,13 +102,16 @@ class TrainState:
         self.audit = _merged_audit(self.audit)
         return values | {
             "optimizer": self.optimizer.state_dict(),
-            "queues": [branch.queue.state_dict() for branch in self.branches],
+            "queues": [_queue_state(branch) for branch in self.branches],
             "step": self.step,
             "audit": self.audit.state() if _rank() == 0 else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state; a new moving average starts at its student."""
+        """Continue from a checkpoint's state.
+
+        A new moving average starts at its student, a queue that it does not hold as it is.
+        """
         unwrapped(self.student).load_state_dict(state["student"], strict=True)
         if self.average is not None:
             weights = state.get("average", state["student"])
@@ -118,7 +121,8 @@ class TrainState:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # the run's options hold, not those of the stored groups
         for branch, queue in zip(self.branches, state["queues"], strict=True):
-            branch.queue.load_state_dict(queue)
+            if branch.queue is not None and queue is not None:
+                branch.queue.load_state_dict(queue)
         self.step = int(state["step"])
         self.audit = SeenAudit(state["audit"] if _rank() == 0 else [])
 
@@ -159,9 +163,10 @@ def train_steps(
         if logs:
             metrics = logged_metrics(watched, clock) | {
                 names.LEARNING_RATE: learning_rate,
-                names.QUEUE_FILL: 100 * state.branches[0].queue.fill,  # as full as all
                 names.PEAK_GIB: peak_gib(device),
             }
+            if (queue := state.branches[0].queue) is not None:  # as full as all
+                metrics[names.QUEUE_FILL] = 100 * queue.fill
             clock.restart()
         yield StepDone(state.step, _epoch_ended(state.step, settings), metrics)
         clock.resume()
@@ -206,7 +211,8 @@ def train_step(
         nn.utils.clip_grad_norm_(state.student.parameters(), settings.clip_grad_norm)
     state.optimizer.step()
     for branch, each in zip(branches, zip(*results, strict=True), strict=True):
-        branch.queue.push(gather_rows(torch.cat([result.keys for result in each])))
+        if branch.queue is not None:
+            branch.queue.push(gather_rows(torch.cat([result.keys for result in each])))
     state.step += 1
     if state.average is not None:
         state.average.update(unwrapped(state.student), step=state.step)
@@ -365,6 +371,10 @@ class _FiniteVerdict:
                 f"the loss is not finite at step {step} with learning rate {learning_rate:.4g}; "
                 f"the step was not taken. {_CALMER}"
             )
+
+
+def _queue_state(branch: Branch) -> dict[str, Any] | None:
+    return None if branch.queue is None else branch.queue.state_dict()
 
 
 def _loss_names(branches: Sequence[Branch]) -> list[str]:

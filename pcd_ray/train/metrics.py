@@ -23,9 +23,10 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
 def warnings_of(metrics: Mapping[str, float]) -> list[str]:
     """Say in plain words what a line of metrics shows that a user should know."""
     found = []
-    if metrics[names.QUEUE_FILL] < 100:
+    fill = metrics.get(names.QUEUE_FILL, 100.0)  # a loss without negatives has no queue
+    if fill < 100:
         found.append(
-            f"the queue is {metrics[names.QUEUE_FILL]:.0f}% full: until it is, the loss may rise "
+            f"the queue is {fill:.0f}% full: until it is, the loss may rise "
             "while the student learns"
         )
     if (spread := metrics[names.STUDENT_SPREAD]) < _NEARLY_CONSTANT:

@@ -1,18 +1,9 @@
 """Config -> TorchTrainer -> result: what the driver does."""
 
-import contextlib
 import json
-import signal
-import threading
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-import ray
-import ray.exceptions
-import ray.train
-from ray.train.torch import TorchTrainer
 from torch import nn
 
 from pcd_ray import errors, storage
@@ -27,20 +18,18 @@ from pcd_ray.checkpoint import (
 )
 from pcd_ray.config import Config, changed_options, config_to_values, to_yaml
 from pcd_ray.data.shards import Shards, open_shards
-from pcd_ray.errors import CheckpointError, PcdError, TrainingError
+from pcd_ray.errors import CheckpointError, TrainingError
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
-from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare, connect, share_for_workers
-from pcd_ray.train.ray_events import EventReceiver
-from pcd_ray.train.ray_worker import FAILURE_FILE, train_worker
+from pcd_ray.ray_cluster import WorkerShare, connect, share_for_workers
+from pcd_ray.ray_events import Event
+from pcd_ray.ray_fit import fit
+from pcd_ray.train.ray_worker import train_worker
 from pcd_ray.train.run_log import RunLog
 from pcd_ray.train.run_plan import RunPlan, plan_run
-
-_POLL_S = 0.5
-_RAY_LIST = "checkpoint_manager_snapshot.json"  # where Ray Train notes its checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +71,8 @@ def train(config: Config) -> TrainResult:
     log = RunLog(folder, total_steps=found.plan.steps)
     try:
         if found.steps_done < found.plan.steps:
+            for option, note in found.plan.notes.items():
+                log.say(f"note: {option}: {note}")
             _fit(config, folder, found.share, log)
     finally:
         log.close()
@@ -176,14 +167,19 @@ def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:
 
 def _refuse_other_teachers(config: Config, plan: RunPlan, stored: Checkpoint) -> None:
     """Refuse to go on with a run when what lies in a teacher's place has changed."""
-    changes = []
+    changes, folder = [], RunFolder.of(config)
     for name, teacher in config.teachers.items():
         sha256 = plan.identities[name]["sha256"]
-        if sha256 not in ("", stored.about[name]["sha256"]):
-            place = teacher.weights or teacher.arch
+        place = teacher.weights or teacher.arch
+        if not sha256:  # a head would be fitted anew
+            changes.append(
+                f"{name}.weights: the weights of {place} are others than those that the run fitted "
+                f"a head to, or {folder.fitted_head(name)} is gone"
+            )
+        elif sha256 != stored.about[name]["sha256"]:
             changes.append(f"{name}.weights: the weights of {place} are others")
     if changes:
-        _refuse(RunFolder.of(config), stored, changes)
+        _refuse(folder, stored, changes)
 
 
 def _refuse(folder: RunFolder, stored: Checkpoint, changes: list[str]) -> NoReturn:
@@ -196,7 +192,6 @@ def _refuse(folder: RunFolder, stored: Checkpoint, changes: list[str]) -> NoRetu
 
 def _prepare_folder(config: Config, folder: RunFolder) -> None:
     """Take away what an earlier try left that must not count; never a file that is not ours."""
-    storage.delete_file(folder.file(FAILURE_FILE))
     if not checkpoint_steps(folder):  # nothing to go on with
         heads = [folder.fitted_head(name) for name in ("teacher", "teacher_2")]
         for uri in (*heads, *map(folder.file, (REFERENCES, "metrics.jsonl"))):
@@ -208,104 +203,25 @@ def _prepare_folder(config: Config, folder: RunFolder) -> None:
 
 
 def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> None:
-    """Run the trainer, passing on what the workers tell, and explain how it failed if it did."""
-    # checkpoints are found and kept by what lies in the folder: Ray's own list of them could name
-    # one that is damaged or gone, and would then refuse to start
-    storage.delete_file(storage.join(folder.checkpoints, _RAY_LIST))
-    mailbox = f"pcd_ray_{uuid.uuid4().hex}"
-    receiver = EventReceiver(mailbox)
-    finished = threading.Event()
-    listener = threading.Thread(target=_listen, args=(receiver, log, finished), daemon=True)
-    listener.start()
-    trainer = TorchTrainer(
+    """Train on the workers, passing on what they tell."""
+
+    def on_event(event: Event) -> None:
+        if event.kind == "metrics":
+            log.metrics(event.step, event.epoch, event.values)
+        elif event.kind == "resumed":
+            log.resume_at(event.step)
+        else:
+            log.say(event.text)
+
+    fit(
         train_worker,
-        train_loop_config={
-            "config": config_to_values(config),
-            "mailbox": mailbox,
-            "threads": share.threads,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.num_workers,
-            use_gpu=share.device == "cuda",
-            resources_per_worker=share.resources,
-        ),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=folder.uri,
-            worker_runtime_env={"env_vars": PASSIVE_THREADS},  # type: ignore[call-arg]
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-        ),
+        {"config": config_to_values(config)},
+        folder=folder,
+        share=share,
+        num_workers=config.train.num_workers,
+        max_failures=config.train.max_failures,
+        on_event=on_event,
     )
-    cause: Exception | None = None
-    try:
-        with _stopped_by_ctrl_c():
-            trainer.fit()
-    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-        cause = error
-    finally:
-        finished.set()
-        listener.join()
-        receiver.close()
-    _raise_failure(folder, config, cause)
-
-
-@contextlib.contextmanager
-def _stopped_by_ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C end a run as it ends anything else, after Ray has sent the workers away.
-
-    Ray Train puts a handler of its own in place of Python's, and leaves it there; it ends the
-    process without a word.
-    """
-    if threading.current_thread() is not threading.main_thread():  # then Ray changes nothing
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        raise KeyboardInterrupt from stop
-    finally:
-        if before is not None:  # it is Python's, so that it can be put back
-            signal.signal(signal.SIGINT, before)
-
-
-def _listen(receiver: EventReceiver, log: RunLog, finished: threading.Event) -> None:
-    """Pass events on until training has finished and the mailbox is empty."""
-    last = False
-    while not last:
-        last = finished.wait(_POLL_S)
-        try:
-            events = receiver.take()
-        except ray.exceptions.RayError as error:
-            log.say(f"warning: metrics are no longer received ({_last_line(error)})")
-            return
-        for event in events:
-            if event.kind == "metrics":
-                log.metrics(event.step, event.epoch, event.values)
-            elif event.kind == "resumed":
-                log.resume_at(event.step)
-            else:
-                log.say(event.text)
-
-
-def _raise_failure(folder: RunFolder, config: Config, cause: Exception | None) -> None:
-    uri = folder.file(FAILURE_FILE)
-    if storage.exists(uri):
-        story = json.loads(storage.read_text(uri))
-        kind: type[PcdError] = getattr(errors, story["kind"], PcdError)
-        raise kind(story["message"]) from cause
-    if cause is not None:
-        steps = checkpoint_steps(folder)
-        raise TrainingError(
-            f"training failed {config.train.max_failures + 1} times (train.max_failures="
-            f"{config.train.max_failures}): {_last_line(cause)}; the same command goes on from "
-            f"step {steps[-1] if steps else 0}"
-        ) from cause
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _finish(

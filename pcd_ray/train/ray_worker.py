@@ -1,7 +1,6 @@
 """What each Ray Train worker runs: Ray and storage wired to the loop."""
 
 import functools
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -48,10 +47,12 @@ from pcd_ray.distill.build import (
     stored_head,
 )
 from pcd_ray.distill.weights import tensors_sha256
-from pcd_ray.errors import CheckpointError, PcdError, TrainingError
+from pcd_ray.errors import CheckpointError, TrainingError
 from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images
 from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
+from pcd_ray.ray_events import EventSender
+from pcd_ray.ray_fit import until_it_cannot
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train.loop import (
     HostBatch,
@@ -64,33 +65,17 @@ from pcd_ray.train.loop import (
     wrap_student,
 )
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
-from pcd_ray.train.ray_events import EventSender
-
-FAILURE_FILE = "failure.json"
-"""Why a run cannot go on, for the driver and for workers that Ray starts again."""
 
 
 def train_worker(values: dict[str, Any]) -> None:
     """Train on this worker.
-
-    A user's error ends the run instead of being tried again: it is written down, and workers that
-    Ray starts after it return at once.
 
     Args:
         values: ``config`` as plain data, ``mailbox`` name, ``threads`` of torch.
     """
     config = config_from_values(values["config"])
     torch.set_num_threads(values["threads"])
-    failure = RunFolder.of(config).file(FAILURE_FILE)
-    if storage.exists(failure):
-        return
-    try:
-        _Run(config, values["mailbox"]).train()
-    except PcdError as error:
-        if not isinstance(error, storage.StorageError):  # storage may be better next time
-            story = {"kind": type(error).__name__, "message": str(error)}
-            storage.write_text(failure, json.dumps(story))
-        raise
+    until_it_cannot(RunFolder.of(config), lambda: _Run(config, values["mailbox"]).train())
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,9 +54,11 @@ class RunPlan:
     final_learning_rate: float
     warmup_steps: float
     queue_fill_steps: int
-    """Steps until the queue holds nothing but the teacher's vectors."""
+    """Steps until the queue holds nothing but the teacher's vectors; 0: the loss has no queue."""
     chance_loss: float
-    """Loss of a student that knows nothing, log(1 + K)."""
+    """Loss of vectors at right angles to all others, log(1 + K) or for ``mse`` 2; of two teachers
+    the weighted sum."""
+    loss_kind: str
     loss_implementation: str
     teacher: dict[str, str]
     """What it is; ``sha256`` is empty while its head is still to be fitted."""
@@ -73,6 +75,8 @@ class RunPlan:
     teacher_parameters: int
     eval_read: dict[str, str]
     """How much of each evaluation set was decoded to find damage before training."""
+    notes: dict[str, str]
+    """What a user should know of a run that can begin, by option."""
     teacher_2: dict[str, Any] | None = None
     """The second teacher: what it is, and all that is said above of the first one."""
     memory_gib_per_worker: float
@@ -120,12 +124,24 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         asdict(branch.identity) | ({"sha256": ""} if branch.name in still_to_fit else {})
         for branch in method.branches
     ]
+    notes = {
+        f"{loaded.name}.head": f"{loaded.identity.head}, since {loaded.options.weights} holds no "
+        f"projection head: {loaded.headless}"
+        for loaded, _ in teachers
+        if loaded.headless
+    }
     return _plan_of(
-        config, shards, method, identities=identities, device=device, eval_read=eval_read
+        config,
+        shards,
+        method,
+        identities=identities,
+        device=device,
+        eval_read=eval_read,
+        notes=notes,
     )
 
 
-def _plan_of(
+def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
     config: Config,
     shards: Shards,
     method: Method,
@@ -133,6 +149,7 @@ def _plan_of(
     identities: list[dict[str, str]],
     device: str,
     eval_read: dict[str, str],
+    notes: dict[str, str],
 ) -> RunPlan:
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batch = config.train.global_batch_size
@@ -146,6 +163,7 @@ def _plan_of(
         )
     first, *others = [_facts(config, method, branch, device) for branch in method.branches]
     weights = [{"weight": branch.weight} for branch in method.branches]
+    chance = chance_loss(config.loss.kind, config.loss.queue_size)
     return RunPlan(
         images=shards.num_images,
         images_per_epoch=plan.images_per_epoch,
@@ -159,8 +177,9 @@ def _plan_of(
         peak_learning_rate=peak,
         final_learning_rate=peak * config.optim.final_lr_fraction,
         warmup_steps=round(config.optim.warmup_epochs * per_epoch, 2),
-        queue_fill_steps=math.ceil(config.loss.queue_size / batch),
-        chance_loss=round(chance_loss(config.loss.queue_size), 3),
+        queue_fill_steps=_queue_fill_steps(config),
+        chance_loss=round(chance * sum(branch.weight for branch in method.branches), 3),
+        loss_kind=config.loss.kind,
         **first,
         teacher=identities[0],
         teacher_2=identities[1] | weights[1] | others[0] if others else None,
@@ -168,6 +187,7 @@ def _plan_of(
         student_parameters=_trained_parameters(method.student),
         backbone_parameters=_parameters(method.student.backbone),
         eval_read=eval_read,
+        notes=notes | _notes(config, steps=steps),
         memory_gib_per_worker=round(_memory_gib(config, method), 2),
     )
 
@@ -178,7 +198,7 @@ def _facts(config: Config, method: Method, branch: Branch, device: str) -> dict[
         "loss_implementation": _implementation(config, branch, device),
         "teacher_map": branch.teacher_map,
         "loss_grid": branch.settings.grid or method.student_map[1:],
-        "embedding_width": branch.queue.negatives.shape[1],
+        "embedding_width": branch.teacher.width(branch.teacher_map[0]),
         "law_error": branch.law_error,
         "teacher_parameters": _parameters(branch.teacher),
     }
@@ -186,8 +206,26 @@ def _facts(config: Config, method: Method, branch: Branch, device: str) -> dict[
 
 def _implementation(config: Config, branch: Branch, device: str) -> str:
     """Return the loss's form; one for a GPU is settled there, where its kernel can be checked."""
-    here = device == "cpu" or torch.cuda.is_available()
+    here = device == "cpu" or torch.cuda.is_available() or branch.queue is None
     return branch.settings.implementation if here else config.loss.implementation
+
+
+def _queue_fill_steps(config: Config) -> int:
+    if config.loss.kind == "mse":
+        return 0
+    return math.ceil(config.loss.queue_size / config.train.global_batch_size)
+
+
+def _notes(config: Config, *, steps: int) -> dict[str, str]:
+    """Return what is odd about a run of so many steps, but does not stop it."""
+    needed = _queue_fill_steps(config)
+    if needed <= steps:
+        return {}
+    most = steps * config.train.global_batch_size
+    return {
+        "loss.queue_size": f"the queue of {config.loss.queue_size:,} needs {needed:,} steps to "
+        f"fill, the run has {steps:,}; what is not filled stays random: use at most {most}"
+    }
 
 
 def activation_bytes(network: nn.Module, image_size_px: int) -> int:
@@ -272,6 +310,7 @@ def _memory_gib(config: Config, method: Method) -> float:
     weights = 4 * (copies * _parameters(method.student) + teachers)
     half = 0.5 if config.train.precision == "bf16" else 1.0
     activations = half * images * activation_bytes(method.student, size)
-    queues = sum(branch.queue.negatives.numel() * 4 for branch in method.branches)
+    negatives = [b.negatives for b in method.branches if b.negatives is not None]
+    queues = sum(vectors.numel() * 4 for vectors in negatives)
     views = 2 * config.train.batch_size_per_worker * size * size * 3 * 4
     return (weights + activations + queues + views) / 2**30

@@ -23,18 +23,18 @@ GLOBAL_BATCH, STEPS, WIDTH = 8, 6, 6
 
 
 def new_state(
-    optimizer: str, implementation: str, pairing: str, weights: Sequence[float]
+    kind: str, optimizer: str, implementation: str, pairing: str, weights: Sequence[float]
 ) -> TrainState:
     """A run with a teacher for each weight, each of another width and grid."""
     widths = [WIDTH + number for number in range(len(weights))]
     student = small_student(widths=widths)
     grid = tuple(student(own_views(0).student)[0].shape[2:])
-    distill = DistillSettings(0.2, implementation, pairing, 0.7, grid=grid)
+    distill = DistillSettings(0.2, implementation, pairing, 0.7, grid=grid, kind=kind)
     wrapped = wrap_student(student, device=CPU, compiled=False)
     branches = [
         branch_of(
             small_teacher(number, stride=8 // (number + 1), width=width),
-            queue_of(unit_rows(number, 21, width)),
+            None if kind == "mse" else queue_of(unit_rows(number, 21, width)),
             distill,
             weight=weight,
         )
@@ -63,13 +63,14 @@ def own_views(step: int) -> ViewBatch:
 
 
 def trained(
+    kind: str,
     optimizer: str,
     implementation: str,
     pairing: str,
     accumulation_steps: int,
     weights: Sequence[float],
 ) -> dict[str, Any]:
-    state = new_state(optimizer, implementation, pairing, weights)
+    state = new_state(kind, optimizer, implementation, pairing, weights)
     start = unwrapped(state.student).heads[0][0].weight.detach().clone()
     loop = LoopSettings(
         schedule=Schedule(0.5, 0, STEPS, 0.0), images_per_epoch=100, log_every_steps=1, seed=0,
@@ -82,32 +83,42 @@ def trained(
     student = unwrapped(state.student)
     return {
         "weights": {name: p.detach() for name, p in student.named_parameters()},
-        "negatives": [branch.queue.negatives for branch in state.branches],
-        "cursor": state.branches[-1].queue.cursor,
+        "negatives": [branch.queue.negatives for branch in state.branches if branch.queue],
+        "cursors": [branch.queue.cursor for branch in state.branches if branch.queue],
         "losses": np.array(losses),
         "moved": (student.heads[0][0].weight.detach() - start).norm().item(),
     }
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "implementation", "pairing", "accumulation", "weights"),
+    ("kind", "optimizer", "implementation", "pairing", "accumulation", "weights"),
     [
-        ("sgd", "fused", "cross_view_index", 1, [1.0]),
-        ("lars", "chunked", "same_view", 2, [1.0]),
-        ("sgd", "plain", "cross_view_geometric", 2, [1.0]),
-        ("sgd", "fused", "cross_view_geometric", 2, [0.7, 1.5]),
+        ("pixel", "sgd", "fused", "cross_view_index", 1, [1.0]),
+        ("pixel", "lars", "chunked", "same_view", 2, [1.0]),
+        ("pixel", "sgd", "plain", "cross_view_geometric", 2, [1.0]),
+        ("pixel", "sgd", "fused", "cross_view_geometric", 2, [0.7, 1.5]),
+        ("image", "sgd", "fused", "cross_view_index", 2, [0.7, 1.5]),
+        ("mse", "lars", "plain", "cross_view_geometric", 2, [0.7, 1.5]),
     ],
 )
 def test_two_ranks_of_half_the_batch_train_as_one_process(
-    optimizer: str, implementation: str, pairing: str, accumulation: int, weights: list[float]
+    kind: str,
+    optimizer: str,
+    implementation: str,
+    pairing: str,
+    accumulation: int,
+    weights: list[float],
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = trained(optimizer, "plain", pairing, 1, weights)
+    alone = trained(kind, optimizer, "plain", pairing, 1, weights)
     torch.set_num_threads(threads)
-    ranks = run_on_ranks(2, trained, optimizer, implementation, pairing, accumulation, weights)
+    ranks = run_on_ranks(
+        2, trained, kind, optimizer, implementation, pairing, accumulation, weights
+    )
     assert alone["moved"] > 1e-3  # it did train, and the queue wrapped twice
-    assert alone["cursor"] == STEPS * GLOBAL_BATCH % 21
+    queues = 0 if kind == "mse" else len(weights)
+    assert alone["cursors"] == [STEPS * GLOBAL_BATCH % 21] * queues
     for one, other in pairwise(ranks):  # to the bit: nobody broadcasts weights or queue
         for queue, same in zip(one["negatives"], other["negatives"], strict=True):
             assert torch.equal(queue, same)

@@ -65,11 +65,12 @@ def test_its_summary_has_the_scores_of_all_three_networks_in_percent(result: Dem
 
 def test_its_report_and_pictures_are_there(result: DemoResult) -> None:
     folder = Path(result.run.path)
-    for name in ("loss_curve", "views", "pca_maps", "segmentation"):
+    pixel = ("similarity", "receptive_fields", "attention_student")
+    for name in ("loss_curve", "views", "pca_maps", "segmentation", *pixel):
         picture = (folder / "figures" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG"), name
     page = Path(result.summary()["report"]).read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 7
     for words in ("mIoU %, validation", "kNN on pooled features", "striped square"):
         assert words in page
     classes = result.run.metrics["segmentation_classes"]

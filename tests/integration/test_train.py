@@ -130,6 +130,7 @@ def test_a_run_leaves_everything_in_its_folder(reference: Reference) -> None:
         assert (folder / name).stat().st_size > 0, name
     pictures = {path.name for path in (folder / "figures").iterdir()}
     assert {"loss_curve.png", "pca_maps.png", "views.png"} <= pictures
+    assert {"similarity.png", "receptive_fields.png", "attention_student.png"} <= pictures
     assert (folder / "config.yaml").read_text() == to_yaml(reference.config)
     assert not (folder / "failure.json").exists()
     summary = json.loads((folder / "summary.json").read_text())
@@ -202,6 +203,20 @@ def test_a_contrastive_head_is_fitted_once_by_the_run_and_used_when_it_goes_on(
     assert head.read_bytes() == fitted
 
 
+def test_a_run_without_a_queue_goes_the_same_way_and_says_nothing_of_one(
+    prepared: Config,
+) -> None:
+    quick = {"epochs": 1, "num_workers": 1, "checkpoint_every_steps": 0}
+    config = of_name(prepared, "mse", loss={"kind": "mse"}, train=quick, eval={"every_epochs": 0})
+    result, console = trained(config)
+    assert "queue" not in console
+    lines = [line for line in result.history if names.LOSS in line]
+    assert not any(names.QUEUE_FILL in line or names.QUEUE_TOP1 in line for line in lines)
+    assert lines[-1][names.LOSS] < lines[0][names.LOSS] < 4
+    assert newest(config).state["queues"] == [None]
+    assert (result.metrics["plan"]["chance_loss"], result.metrics["plan"]["notes"]) == (2.0, {})
+
+
 def test_the_student_is_there_for_timm(reference: Reference) -> None:
     path = export(reference.result.path).path
     model = timm.create_model("test_resnet", num_classes=0, output_stride=8)
@@ -226,6 +241,8 @@ def test_changes_that_matter_are_refused_by_name_until_they_are_allowed(
     loss = {"temperature": 0.3}
     with pytest.raises(CheckpointError, match=r"at step 22 .*\n  loss.temperature: 0.2 -> 0.3\n"):
         train(changed(reference.config, loss=loss))
+    with pytest.raises(CheckpointError, match=r"\n  loss\.kind: 'pixel' -> 'image'\n"):
+        dry_run(changed(reference.config, loss={"kind": "image"}))
     with pytest.raises(CheckpointError, match=r"run\.seed: 0 -> 5"):
         dry_run(changed(reference.config, run={"seed": 5}))
     allowed = changed(reference.config, loss=loss, run={"allow_changes": True})

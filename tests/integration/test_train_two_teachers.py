@@ -114,5 +114,8 @@ def test_another_second_teacher_or_none_is_refused(run: Run, tmp_path: Path) -> 
     first = {"weights": other["weights"]}
     with pytest.raises(CheckpointError, match=r"\n  teacher\.weights: the weights of \S+ are oth"):
         dry_run(changed(again, teacher=first))
+    same_head = {"weights": other["weights"]}  # which was fitted to other weights
+    with pytest.raises(CheckpointError, match=r"teacher_2\.weights: the weights of \S+ are others"):
+        dry_run(changed(again, teacher_2=same_head))
     with pytest.raises(CheckpointError, match="teacher_2: given -> none"):
         dry_run(run.alone)

@@ -12,7 +12,7 @@ from pcd_ray import __version__
 from pcd_ray.cli import main
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("demo", "pack", "train", "inspect", "export")
+VERBS = ("demo", "pack", "train", "eval", "inspect", "export")
 
 
 @pytest.fixture

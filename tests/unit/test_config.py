@@ -145,6 +145,8 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
         ("eval.knn_k", 0),
         ("eval.images_per_forward", 0),
         ("eval.image_size_px", -1),
+        ("eval.pixel", [0.5, 1.1]),
+        ("eval.pixel", [-0.1, 0.5]),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
@@ -236,6 +238,23 @@ def test_changes_are_listed_where_they_matter_and_the_seed_does() -> None:
     )
     assert changed_options(old, new) == ["run.seed: 0 -> 1", "loss.temperature: 0.2 -> 0.1"]
     assert changed_options(old, old) == []
+
+
+def test_another_kind_of_loss_is_a_change_that_matters() -> None:
+    old, new = Config(), config_from_values({"loss": {"kind": "mse"}})
+    assert changed_options(old, new) == ["loss.kind: 'pixel' -> 'mse'"]
+
+
+def test_pairing_positions_that_are_pooled_is_refused() -> None:
+    image = {"loss": {"kind": "image"}}
+    message = problem(image | {"pairing": {"kind": "cross_view_geometric"}})
+    assert message.startswith("pairing.kind must be same_view (one crop) or cross_view_index (two)")
+    assert "loss.kind=image" in message
+    assert message.endswith("got 'cross_view_geometric'")
+    assert (
+        config_from_values(image | {"pairing": {"kind": "cross_view_index"}}).loss.kind == "image"
+    )
+    config_from_values({"loss": {"kind": "mse"}, "pairing": {"kind": "cross_view_geometric"}})
 
 
 def test_a_second_teacher_is_given_by_its_options_and_changed_as_a_whole() -> None:

@@ -107,6 +107,7 @@ def test_a_run_its_checkpoint_and_what_it_exported(tmp_path: Path) -> None:
     run = inspect(folder.uri).summary()
     assert (run["kind"], run["step"], run["checkpoints"]) == ("run", 12, [3, 12])
     assert (run["student"], run["teacher"]) == ("test_resnet", TEACHER)
+    assert (run["loss"], run["queue_filled_pct"]) == ("pixel", [0])
     one = inspect(folder.file("checkpoints", "step_00000003")).summary()
     assert (one["kind"], one["step"], one["checkpoints"]) == ("checkpoint", 3, [3])
     exported = inspect(export(folder.uri).path).summary()
@@ -114,6 +115,12 @@ def test_a_run_its_checkpoint_and_what_it_exported(tmp_path: Path) -> None:
     assert exported["licence"] == TEACHER["licence"]
     body = student.backbone.body.state_dict()
     assert exported["parameters"] == sum(value.numel() for value in body.values())
+
+
+def test_a_run_without_a_queue(tmp_path: Path) -> None:
+    folder, _ = store_run(tmp_path, 3, loss={"kind": "mse"})
+    found = inspect(folder.uri).summary()
+    assert (found["loss"], found["queue_filled_pct"]) == ("mse", [])
 
 
 def test_a_damaged_checkpoint_is_not_called_whole(tmp_path: Path) -> None:
@@ -131,7 +138,7 @@ def test_a_damaged_checkpoint_is_not_called_whole(tmp_path: Path) -> None:
     [
         ("missing", None, PcdError, "there is no such file or folder; check the path"),
         ("empty.pth", b"", WeightsError, "is empty"),
-        ("junk.safetensors", b"x" * 100, WeightsError, "junk.safetensors is no torch file"),
+        ("junk.safetensors", b"x" * 100, WeightsError, "junk.safetensors is no weights file"),
         ("notes.jpg", b"text", PcdError, "notes.jpg is a file of no kind"),
         ("notes.md", b"text", PcdError, "notes.md is a file of no kind"),
         ("folder/notes.md", b"text", ShardError, "holds no image"),

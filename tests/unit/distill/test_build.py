@@ -113,6 +113,22 @@ def test_mocov3s_projector_and_predictor_are_mirrored_behind_the_students_channe
     assert norms(other) == [30, 20]
 
 
+def test_a_kind_of_loss_decides_what_is_compared_and_moves_nothing_else(bare_file: str) -> None:
+    teacher = {"weights": bare_file, "head": "none"}
+    pixel, image, mse = (
+        built(tiny_config(teacher=teacher, loss={"kind": kind, "implementation": "fused"}))
+        for kind in ("pixel", "image", "mse")
+    )
+    kinds = [method.branches[0].settings.kind for method in (pixel, image, mse)]
+    assert kinds == ["pixel", "image", "mse"]
+    assert torch.equal(image.branches[0].negatives, pixel.branches[0].negatives)
+    assert mse.branches[0].queue is mse.branches[0].negatives is None
+    for method in (image, mse):
+        assert tensors_sha256(method.student) == tensors_sha256(pixel.student)
+    implementations = [m.branches[0].settings.implementation for m in (pixel, image, mse)]
+    assert implementations == ["fused", "fused", "plain"]
+
+
 def test_a_headless_teacher_gives_bare_features_and_the_student_one_or_two_layers(
     bare_file: str,
 ) -> None:

@@ -7,9 +7,9 @@ from tiny import unit_rows
 from torch import Tensor
 
 from pcd_ray.distill.diagnostics import chance_loss, diagnose, effective_rank, spread
-from pcd_ray.distill.loss import contrastive_loss
+from pcd_ray.distill.loss import KINDS, contrastive_loss
 from pcd_ray.distill.pairing import Pairs
-from pcd_ray.distill.step import DistillSettings, StepResult
+from pcd_ray.distill.step import DistillSettings, StepResult, loss_between
 
 SETTINGS = DistillSettings(0.2, "plain", "same_view", 0.7)
 NEGATIVES = unit_rows(9, 50, 16)
@@ -43,6 +43,45 @@ def test_a_perfect_student() -> None:
     assert found["student_spread"] == found["teacher_spread"]
     expected = (t.flatten(0, 1) @ NEGATIVES.T).mean().item()
     assert found["negative_cosine"] == pytest.approx(expected)
+
+
+def of_kind(kind: str, student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """What is said of (B, N, D) unit vectors by a loss of this kind."""
+    settings = DistillSettings(0.2, "plain", "same_view", 0.7, kind=kind)
+    negatives = None if kind == "mse" else NEGATIVES
+    pooled, keys = (F.normalize(rows.mean(dim=1), dim=1) for rows in (student, teacher))
+    image = kind == "image"
+    pair = (pooled, keys) if image else (student.flatten(0, 1), teacher.flatten(0, 1))
+    loss = loss_between(*pair, negatives, settings, None)
+    unpaired = Pairs(None, None)
+    result = StepResult(loss, keys, student, teacher, unpaired, pooled=pooled if image else None)
+    values = diagnose(result, negatives, settings)
+    return {name.removeprefix("train/"): value.item() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perfect_student_stands_at_the_floor_of_its_kind(kind: str) -> None:
+    t, other = teacher_pixels(), unit_rows(5, 4 * 9, 16).view(4, 9, 16)
+    found = of_kind(kind, t, t)
+    assert found["loss_above_floor"] == pytest.approx(0, abs=1e-12)
+    assert found["positive_cosine"] == pytest.approx(1)
+    assert (found["loss_floor"] == 0) == (kind == "mse")
+    assert of_kind(kind, other, t)["loss_floor"] == found["loss_floor"]
+    assert of_kind(kind, other, t)["loss_above_floor"] > 0.1
+
+
+def test_the_image_level_compares_pooled_vectors_and_regression_says_nothing_of_a_queue() -> None:
+    t = teacher_pixels()
+    shuffled = t.roll(1, dims=1)
+    pixel, image, mse = (of_kind(kind, shuffled, t) for kind in KINDS)
+    assert image["positive_cosine"] == pytest.approx(1)
+    assert image["pixel_top1_pct"] == pixel["pixel_top1_pct"] == 0
+    assert pixel["positive_cosine"] < 0.5
+    keys = F.normalize(t.mean(dim=1), dim=1)
+    assert image["negative_cosine"] == pytest.approx((keys @ NEGATIVES.T).mean().item())
+    assert pixel.keys() == image.keys()
+    assert pixel.keys() - mse.keys() == {"queue_top1_pct", "negative_cosine"}
+    assert mse["loss_above_floor"] == pytest.approx(2 - 2 * mse["positive_cosine"])
 
 
 def test_the_floor_and_the_loss_above_it_are_the_loss() -> None:
@@ -116,4 +155,9 @@ def test_spread_of_two_opposite_vectors_is_one() -> None:
 
 
 def test_chance_is_what_vectors_at_right_angles_cost() -> None:
-    assert chance_loss(65_536) == pytest.approx(math.log(65_537))
+    axes = torch.eye(12, dtype=torch.float64)
+    for kind in KINDS:
+        settings = DistillSettings(0.2, "plain", "same_view", 0.7, kind=kind)
+        loss = loss_between(axes[:2], axes[2:4], axes[4:], settings, None)
+        assert chance_loss(kind, 8) == pytest.approx(loss.item(), rel=1e-12)
+    assert chance_loss("pixel", 65_536) == pytest.approx(math.log(65_537))

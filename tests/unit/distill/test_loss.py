@@ -12,6 +12,7 @@ from pcd_ray.distill.loss import (
     choose_implementation,
     contrastive_loss,
     queue_logsumexp,
+    regression_loss,
 )
 from pcd_ray.errors import ConfigError
 
@@ -207,6 +208,37 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             contrastive_loss(*wrong, **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weights \(6, 1\) do not fit 6 pixels"):
         contrastive_loss(student, positive, negatives, weights=torch.ones(6, 1), **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"student \(6, 5\) and positive \(5, 5\) do not fit"):
+        regression_loss(student, positive[:5])
+    with pytest.raises(ValueError, match=r"weights \(5,\) do not fit 6 pixels"):
+        regression_loss(student, positive, weights=torch.ones(5))
+
+
+def test_regression_is_the_mean_squared_distance_two_minus_two_cosines() -> None:
+    student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=torch.float64)
+    positive = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    each = [0.0, 2.0, 4.0, 0.8]  # equal, at right angles, opposite, of cosine 0.6
+    for row, expected in enumerate(each):
+        one = slice(row, row + 1)
+        assert regression_loss(student[one], positive[one]).item() == pytest.approx(expected)
+    assert regression_loss(student, positive).item() == pytest.approx(sum(each) / 4)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64)
+    assert regression_loss(student, positive, weights=weights).item() == pytest.approx(1.6)
+
+
+def test_regression_and_its_gradient_are_the_written_sums() -> None:
+    student, positive, _ = inputs((6, 5, 1))
+    arrays = [list(rows.detach().numpy()) for rows in (student, positive)]
+    weights = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.float64) / 4
+    got = regression_loss(student, positive, weights=weights)
+    expected = reference.squared_distance(*arrays, weights.tolist())
+    assert got.item() == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(got, student)
+    torch.testing.assert_close(gradient, 2 * weights[:, None] * (student - positive).detach())
+    got = regression_loss(student, positive)
+    assert got.item() == pytest.approx(reference.squared_distance(*arrays), rel=1e-12)
+    cosines = (student * positive).sum(dim=1)
+    assert got.item() == pytest.approx((2 - 2 * cosines).mean().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import reference
@@ -55,6 +57,20 @@ def test_attention_equals_plain_softmax(grid: tuple[int, int]) -> None:
         )
         expected = x[b].flatten(1).T + layer.projection(torch.from_numpy(mixed))
         torch.testing.assert_close(got[b].flatten(1).T, expected)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (5, 4)])
+def test_its_attention_is_what_it_mixes_values_by(grid: tuple[int, int]) -> None:
+    layer = trained_layer()
+    x = maps(2, 16, *grid)
+    tokens = layer.norm(x.flatten(2).transpose(1, 2))  # (B, N, C)
+    values = layer.value(tokens).unflatten(2, (4, 4))  # (B, N, heads, C / heads)
+    places = itertools.product(range(grid[0]), range(grid[1]))
+    weights = torch.stack([layer.attention(x, *place).flatten(2) for place in places], dim=2)
+    torch.testing.assert_close(weights.sum(dim=3), torch.ones_like(weights[..., 0]))
+    mixed = torch.einsum("bhnm,bmhc->bnhc", weights, values).flatten(2)  # (B, N, C)
+    expected = x + layer.projection(mixed).transpose(1, 2).unflatten(2, grid)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_images_of_a_batch_do_not_see_one_another() -> None:

@@ -18,7 +18,12 @@ from pcd_ray.distill.build import LoadedTeacher, load_teacher
 from pcd_ray.distill.heads import MlpShape, linear_widths
 from pcd_ray.distill.networks import Network, network_of
 from pcd_ray.distill.spatial_adaptor import SpatialAdaptor, check_law
-from pcd_ray.distill.teacher_parts import IMAGENET_MEAN, IMAGENET_STD, take_apart
+from pcd_ray.distill.teacher_parts import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TeacherParts,
+    take_apart,
+)
 from pcd_ray.distill.weights import WeightsFile, load_backbone, read_weights, tensors_sha256
 from pcd_ray.errors import ConfigError, WeightsError
 
@@ -291,7 +296,6 @@ UNKNOWN = {
     ),
     "another depth": (_vit(depth=3), "of width 384 and depth 3, which has no common name"),
     "another patch": (_vit(patch_size=28), "of 28 px patches"),
-    "fixed positions": (_vit(), r"6 attention heads or, as MoCo v3's, 12 \(teacher.kwargs="),
     "another family": (
         timm.create_model("mobilenetv3_small_050", num_classes=0).state_dict(),
         r"its names \(blocks, bn1, conv_head, conv_stem\) are of no ResNet or vision transf",
@@ -307,6 +311,71 @@ def test_a_network_that_is_not_told_needs_teacher_arch(name: str, tmp_path: Path
         match=rf"does not say its network: .*{message}.*; set teacher.arch to the timm",
     ):
         load(save({"state_dict": state}, tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("arch", ["", "vit_small_patch16_224"])
+def test_attention_heads_that_no_shape_tells_must_be_given(arch: str, tmp_path: Path) -> None:
+    path = save({"state_dict": _vit()}, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"whether it has 6 .*; set teacher.arch=vit_small_.*12"):
+        load(path, arch=arch)
+    for heads in (6, 12):
+        loaded = load(path, arch="vit_small_patch16_224", kwargs={"num_heads": heads})
+        assert loaded.backbone.body.blocks[0].attn.num_heads == heads
+
+
+def test_keys_with_and_without_the_parallel_prefix_are_refused(tmp_path: Path) -> None:
+    state = timm.create_model("resnet18", num_classes=0).state_dict()
+    mixed = {f"module.{k}": v for k, v in state.items()} | {
+        "conv1.weight": torch.zeros(64, 3, 7, 7)
+    }
+    with pytest.raises(WeightsError, match=r"1 keys with and without module\.: conv1\.weight"):
+        load(save({"state_dict": mixed}, tmp_path / "weights.pth"))
+
+
+def test_files_of_before_batches_were_counted_load(tmp_path: Path) -> None:
+    state = settled(timm.create_model("resnet18", num_classes=0)).state_dict()
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    body = load(save(old, tmp_path / "weights.pth")).backbone.body.state_dict()
+    assert all(torch.equal(body[key], value) for key, value in old.items())
+
+
+def test_classifiers_and_masked_training_are_named_as_left_out(tmp_path: Path) -> None:
+    state = timm.create_model("resnet18").state_dict()
+    assert parts_of(state, tmp_path).unused == {"fc.": "a classifier, which no teacher needs"}
+    masked = _vit(depth=12) | {
+        "pos_embed": torch.ones(1, 197, 384),
+        "mask_token": torch.zeros(1, 1, 384),
+        "decoder_pred.weight": torch.zeros(768, 512),
+    }
+    parts = parts_of(masked, tmp_path)
+    assert set(parts.unused) == {"mask_token", "decoder_"}
+    assert str(parts.network).startswith("vit_small_patch16_224")
+
+
+def parts_of(state: dict[str, Tensor], folder: Path) -> TeacherParts:
+    return take_apart(read_weights(save({"model": state}, folder / "weights.pth")))
+
+
+def test_a_headless_file_under_auto_says_which_file_has_the_head(tmp_path: Path) -> None:
+    state = settled(timm.create_model("resnet50", num_classes=0)).state_dict()
+    path = save(state, tmp_path / "resnet50.pth")
+    assert "Barlow Twins: checkpoint.pth" in load(path).headless
+    assert load(path, head="pca").headless == "", "it was asked for"
+
+
+def test_a_tag_says_whose_weights_a_local_file_holds(tmp_path: Path) -> None:
+    state = settled(timm.create_model("resnet18")).state_dict()
+    path = save(state, tmp_path / "weights.pth")
+    assert load(path, arch="resnet18.tv_in1k").identity.licence == "bsd-3-clause"
+    assert load(path, arch="resnet18").identity.licence == "unknown"
+
+
+@pytest.mark.parametrize("place", ["conv1.weight", "bn1.running_var"])
+def test_weights_that_are_not_finite_are_refused(place: str, tmp_path: Path) -> None:
+    state = timm.create_model("resnet18", num_classes=0).state_dict()
+    state[place] = torch.full_like(state[place], torch.nan)
+    with pytest.raises(WeightsError, match=rf"weights.pth holds infinite or NaN .* in {place}"):
+        load(save(state, tmp_path / "weights.pth"))
 
 
 def test_teacher_arch_names_what_the_file_leaves_open(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import reference
@@ -6,9 +8,12 @@ from networks import one_step, small_student, small_teacher
 from tiny import images, unit_rows
 from torch import Tensor, nn
 
+from pcd_ray.distill.diagnostics import chance_loss
 from pcd_ray.distill.loss import IMPLEMENTATIONS
+from pcd_ray.distill.loss import KINDS as LOSSES
 from pcd_ray.distill.pairing import KINDS
 from pcd_ray.distill.step import DistillSettings, ViewBatch, pairs_per_part
+from pcd_ray.distill.student import Student
 from pcd_ray.distill.teacher import FrozenTeacher
 
 
@@ -42,10 +47,28 @@ def test_a_step_equals_the_reference_from_images_to_loss(pairing: str, implement
         student, teacher, negatives, batch, settings(pairing, implementation=implementation)
     )
 
+    student_map, teacher_map = reference_maps(student, teacher, batch)
+    s, (positives, weights) = reference.pixels(student_map), paired(pairing, teacher_map, batch)
+    expected = reference.loss(s, positives, list(negatives.numpy()), 0.2, weights)
+    assert got.loss.item() == pytest.approx(expected, rel=1e-10)
+    keys = reference.pooled(teacher_map)
+    np.testing.assert_allclose(got.keys.numpy(), np.stack(keys), rtol=1e-9, atol=1e-12)
+
+
+def reference_maps(
+    student: Student, teacher: FrozenTeacher, batch: ViewBatch
+) -> tuple[reference.Array, reference.Array]:
+    """Both maps on the student's grid of 4 x 4."""
     student_map = student(batch.student)[0].detach().numpy()
     features = teacher.backbone(batch.teacher).detach().numpy()
-    teacher_map = reference.shrink(reference.adapt(teacher.adaptor.head, features), (4, 4))
-    s, t = reference.pixels(student_map), reference.pixels(teacher_map)
+    return student_map, reference.shrink(reference.adapt(teacher.adaptor.head, features), (4, 4))
+
+
+def paired(
+    pairing: str, teacher_map: reference.Array, batch: ViewBatch
+) -> tuple[list[reference.Array], list[float]]:
+    """The positive of each of 64 student pixels, and whether it counts."""
+    t = reference.pixels(teacher_map)
     positives, weights = list(t), [1.0] * len(t)
     if pairing == "cross_view_geometric":
         for b in range(4):
@@ -56,10 +79,86 @@ def test_a_step_equals_the_reference_from_images_to_loss(pairing: str, implement
                 weights[16 * b + i] = float(position is not None)
                 positives[16 * b + i] = t[16 * b + (position or 0)]
         assert 0 < sum(weights) < 64
-    expected = reference.loss(s, positives, list(negatives.numpy()), 0.2, weights)
+    return positives, weights
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("pairing", ["same_view", "cross_view_index"])
+def test_an_image_level_step_equals_the_reference(pairing: str, implementation: str) -> None:
+    student, teacher = small_student(stride=8), small_teacher(stride=4)
+    batch = views(shared=pairing == "same_view")
+    negatives = unit_rows(14, 23, 6)
+    how = settings(pairing, implementation=implementation, kind="image")
+    got = one_step(student, teacher, negatives, batch, how)
+    s, t = (reference.pooled(maps) for maps in reference_maps(student, teacher, batch))
+    expected = reference.loss(s, t, list(negatives.numpy()), 0.2)
     assert got.loss.item() == pytest.approx(expected, rel=1e-10)
-    keys = [reference.unit(teacher_map[b].mean(axis=(1, 2))) for b in range(4)]
-    np.testing.assert_allclose(got.keys.numpy(), np.stack(keys), rtol=1e-9, atol=1e-12)
+    embedding = teacher.adaptor.head(teacher.backbone(batch.teacher).mean((2, 3)))  # as published
+    np.testing.assert_allclose(np.stack(t), nn.functional.normalize(embedding.detach(), dim=1))
+
+
+@pytest.mark.parametrize("pairing", KINDS)
+def test_a_regression_step_equals_the_reference(pairing: str) -> None:
+    student, teacher = small_student(stride=8), small_teacher(stride=4)
+    batch = views(shared=pairing == "same_view")
+    got = one_step(student, teacher, None, batch, settings(pairing, kind="mse"))
+    student_map, teacher_map = reference_maps(student, teacher, batch)
+    s, (positives, weights) = reference.pixels(student_map), paired(pairing, teacher_map, batch)
+    expected = reference.squared_distance(s, positives, weights)
+    assert got.loss.item() == pytest.approx(expected, rel=1e-10)
+
+
+class Axes(nn.Module):
+    """Gives one direction everywhere, longer at each position than at the one before."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        direction = torch.eye(20, dtype=torch.float64)[axis]
+        self.map = nn.Parameter(direction[:, None, None] * torch.arange(1.0, 10).view(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map.expand(len(x), -1, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chance"), [("pixel", math.log1p(12)), ("image", math.log1p(12)), ("mse", 2.0)]
+)
+def test_vectors_at_right_angles_cost_what_chance_costs(kind: str, chance: float) -> None:
+    negatives = None if kind == "mse" else torch.eye(20, dtype=torch.float64)[2:14]
+    student, teacher = Axes(0), Axes(1)
+    how = settings(kind=kind)
+    got = one_step(
+        lambda x: (student(x),),  # type: ignore[arg-type]
+        teacher,  # type: ignore[arg-type]
+        negatives,
+        views(),
+        how,
+    )
+    assert got.loss.item() == pytest.approx(chance, rel=1e-12)
+    assert got.loss.item() == pytest.approx(chance_loss(kind, 12), rel=1e-12)
+
+
+class Rolled(nn.Module):
+    """A student whose pixels lie elsewhere."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        (maps,) = self.student(x)
+        return (maps.roll((1, 2), dims=(2, 3)),)
+
+
+def test_the_image_level_alone_does_not_see_where_pixels_lie() -> None:
+    student, teacher, batch = small_student(), small_teacher(), views(shared=True)
+    for kind in LOSSES:
+        negatives = None if kind == "mse" else unit_rows(14, 23, 6)
+        one, other = (
+            one_step(network, teacher, negatives, batch, settings(kind=kind)).loss.item()
+            for network in (student, Rolled(student))
+        )
+        assert (one == pytest.approx(other, rel=1e-12)) == (kind == "image")
 
 
 def test_keys_are_the_teachers_published_embeddings() -> None:
@@ -100,25 +199,36 @@ def test_other_colours_of_the_teachers_view_reach_the_teacher_alone() -> None:
     assert not torch.allclose(a.keys, b.keys)
 
 
-def test_only_the_student_gets_a_gradient() -> None:
-    student, teacher, negatives = small_student(), small_teacher(), unit_rows(14, 23, 6)
-    got = one_step(student, teacher, negatives, views(), settings())
+@pytest.mark.parametrize("kind", LOSSES)
+def test_only_the_student_gets_a_gradient(kind: str) -> None:
+    student, teacher = small_student(), small_teacher()
+    negatives = None if kind == "mse" else unit_rows(14, 23, 6)
+    got = one_step(student, teacher, negatives, views(), settings(kind=kind))
     got.loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in student.heads[0].parameters())
     assert all(p.grad is None for p in teacher.parameters())
-    assert not any(rows.requires_grad for rows in (got.keys, got.student, got.teacher))
+    kept = [got.keys, got.student, got.teacher, *([got.pooled] if kind == "image" else [])]
+    assert not any(rows.requires_grad for rows in kept)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("pairing", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "pairing", "implementation"),
+    [
+        *(("pixel", pairing, form) for pairing in KINDS for form in IMPLEMENTATIONS),
+        ("image", "same_view", "fused"),
+        ("image", "cross_view_index", "chunked"),
+        ("mse", "same_view", "plain"),
+        ("mse", "cross_view_geometric", "plain"),
+    ],
+)
 def test_accumulated_parts_have_the_gradient_of_the_whole_batch(
-    pairing: str, parts: int, implementation: str
+    kind: str, pairing: str, implementation: str, parts: int
 ) -> None:
-    teacher, negatives = small_teacher(), unit_rows(14, 23, 6)
+    teacher, negatives = small_teacher(), None if kind == "mse" else unit_rows(14, 23, 6)
     whole, split = small_student(), small_student()
     grid = tuple(whole(views().student)[0].shape[2:])
-    how = settings(pairing, implementation=implementation, grid=grid)
+    how = settings(pairing, implementation=implementation, grid=grid, kind=kind)
     one_step(whole, teacher, negatives, views(), how).loss.backward()
     num_pairs = pairs_per_part(views(), how, parts=parts)
     results = [

@@ -67,6 +67,22 @@ def test_the_floor_is_drawn_as_it_was_logged_whatever_one_step_stood_above_it() 
     assert loss_curve(bare) != loss_curve(HISTORY)
 
 
+def test_a_single_logged_step_shows_its_floor_as_a_line() -> None:
+    faint = np.array((0x6B, 0x72, 0x80), np.uint8)
+
+    def longest(history: list[dict[str, float]]) -> int:
+        return int((_pixels(loss_curve(history)) == faint).all(axis=2).sum(axis=1).max())
+
+    line = {"step": 3, "train/loss": 9.0, "train/positive_cosine": 0.5}
+    assert longest([line]) < 30  # letters alone
+    assert longest([line | {"train/loss_floor": 6.0}]) > 200
+
+
+def test_the_unit_of_the_loss_is_shown() -> None:
+    assert loss_curve(HISTORY) == loss_curve(HISTORY, loss_unit="nats")
+    assert loss_curve(HISTORY) != loss_curve(HISTORY, loss_unit="")
+
+
 def test_references_are_drawn_into_the_knn_panel() -> None:
     orange = (0xD5, 0x5E, 0x00)
     assert _share(loss_curve(HISTORY), orange) == 0

@@ -22,9 +22,11 @@ from pcd_ray.checkpoint import load_checkpoint, save_checkpoint, to_host
 from pcd_ray.config import Config
 from pcd_ray.data.plan import SeenAudit
 from pcd_ray.distill.diagnostics import diagnose
+from pcd_ray.distill.loss import KINDS
 from pcd_ray.distill.step import distill_step
 from pcd_ray.errors import TrainingError
 from pcd_ray.train.loop import TrainState, train_steps, unwrapped, views_of
+from pcd_ray.train.metrics import warnings_of
 from pcd_ray.train.optim import Schedule
 
 CPU = torch.device("cpu")
@@ -66,25 +68,34 @@ def different(one: TrainState, other: TrainState) -> list[str]:
     ]
 
 
-def test_two_parts_of_a_batch_train_as_the_whole() -> None:
-    whole = run_all(new_state(dtype=torch.float64), 6)
-    parts = run_all(new_state(dtype=torch.float64), 6, accumulation_steps=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_parts_of_a_batch_train_as_the_whole(kind: str) -> None:
+    whole = run_all(new_state(dtype=torch.float64, kind=kind), 6)
+    parts = run_all(new_state(dtype=torch.float64, kind=kind), 6, accumulation_steps=2)
     fresh = new_state(dtype=torch.float64)
     for name, value in whole.student.state_dict().items():
         # float64: sums in another order, six steps
         torch.testing.assert_close(parts.student.state_dict()[name], value, rtol=1e-10, atol=1e-13)
     assert not torch.equal(whole.student.heads[0][0].weight, fresh.student.heads[0][0].weight)
-    torch.testing.assert_close(parts.branches[0].queue.negatives, whole.branches[0].queue.negatives)
-    assert parts.branches[0].queue.num_pushed == whole.branches[0].queue.num_pushed == 48
+    if kind != "mse":
+        one, other = whole.branches[0].queue, parts.branches[0].queue
+        torch.testing.assert_close(other.negatives, one.negatives)
+        assert other.num_pushed == one.num_pushed == 48
     assert parts.audit.state() == whole.audit.state()
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-@pytest.mark.parametrize("stop", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("optimizer", "stop", "kind"),
+    [
+        *((name, stop, "pixel") for name in ("lars", "adamw") for stop in (1, 3, 6)),
+        ("lars", 3, "image"),
+        ("adamw", 3, "mse"),
+    ],
+)
 def test_going_on_from_a_checkpoint_is_never_having_stopped(
-    optimizer: str, stop: int, tmp_path: Path
+    optimizer: str, stop: int, kind: str, tmp_path: Path
 ) -> None:
-    parts = {"batchnorm": True, "dropout": 0.3, "optimizer": optimizer, "ema": 0.9}
+    parts = {"batchnorm": True, "dropout": 0.3, "optimizer": optimizer, "ema": 0.9, "kind": kind}
     straight = run_all(new_state(**parts), 8)
     settings = loop_settings(steps=8)
     first = new_state(**parts)
@@ -98,6 +109,31 @@ def test_going_on_from_a_checkpoint_is_never_having_stopped(
     for _ in steps_of(second, settings, stop=8):
         pass
     assert different(second, straight) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_loss_learns_what_it_measures(kind: str) -> None:
+    state = new_state(kind=kind, optimizer="adamw")
+    schedule = Schedule(0.01, 0.0, 60, 1.0)
+    batches = [*host_batches(loop_settings(steps=2), 0, 2)] * 30  # the same images again
+    settings = loop_settings(steps=60, schedule=schedule)
+    lines = [done.metrics for done in train_steps(state, batches, settings) if done.metrics]
+    above = [line[names.LOSS_ABOVE_FLOOR] for line in lines]
+    assert min(above[-2:]) < 0.5 * above[0]
+    assert lines[-1][names.POSITIVE_COSINE] > lines[0][names.POSITIVE_COSINE] + 0.2
+
+
+def test_a_queue_that_a_checkpoint_does_not_hold_starts_anew_and_one_too_many_goes() -> None:
+    stored = to_host(run_all(new_state(kind="mse"), 4).state_dict())
+    assert stored["queues"] == [None]
+    fresh, state = new_state(), new_state()
+    state.load_state_dict(stored)
+    assert torch.equal(state.branches[0].queue.negatives, fresh.branches[0].queue.negatives)
+    assert state.branches[0].queue.num_pushed == 0
+    without = new_state(kind="mse")
+    without.load_state_dict(to_host(run_all(new_state(), 4).state_dict()))
+    assert without.step == 4
+    assert without.branches[0].queue is None
 
 
 def copy_of(student: nn.Module) -> dict[str, Tensor]:
@@ -217,12 +253,18 @@ def test_the_audit_holds_what_was_read() -> None:
     assert [count for _, count, _ in state.audit.state()] == [20, 20, 8]
 
 
-def test_metrics_come_at_logging_steps_and_the_last_under_their_public_names() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_come_at_logging_steps_and_the_last_under_their_public_names(kind: str) -> None:
     settings = loop_settings(steps=8, log_every_steps=3)
-    found = {done.step: done.metrics for done in steps_of(new_state(), settings, stop=8)}
+    state = new_state(kind=kind)
+    found = {done.step: done.metrics for done in steps_of(state, settings, stop=8)}
     assert [step for step, metrics in found.items() if metrics is not None] == [3, 6, 8]
     public = {value for name, value in vars(names).items() if name.isupper() and name[0] != "_"}
-    assert set(found[3] or {}) == public - {names.KNN_TOP1, names.KNN1_TOP1}
+    elsewhere = {names.KNN_TOP1, names.KNN1_TOP1}
+    if kind == "mse":
+        elsewhere |= {names.QUEUE_FILL, names.QUEUE_TOP1, names.NEGATIVE_COSINE}
+    assert set(found[3] or {}) == public - elsewhere
+    assert "queue" not in " ".join(warnings_of(found[8] or {}))
     assert all(math.isfinite(value) for value in (found[6] or {}).values())
 
 

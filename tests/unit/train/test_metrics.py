@@ -23,6 +23,10 @@ def test_a_warning_says_what_is_wrong_and_nothing_else_does(
     assert warning.startswith(text)
 
 
+def test_a_loss_without_a_queue_has_none_to_warn_of() -> None:
+    assert warnings_of({k: v for k, v in GOOD.items() if k != names.QUEUE_FILL}) == []
+
+
 def test_alone_the_mean_over_ranks_is_the_value() -> None:
     values = {"a": torch.tensor(1.5, dtype=torch.float64), "b": torch.tensor(2)}
     assert mean_over_ranks(values) == {"a": 1.5, "b": 2.0}

@@ -1,6 +1,8 @@
 """A plan that is printed is a run that can begin."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,7 +15,7 @@ from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build import fit_pca_head, load_teacher
 from pcd_ray.errors import WeightsError
-from pcd_ray.train.run_plan import plan_run
+from pcd_ray.train.run_plan import RunPlan, plan_run
 
 NUM_IMAGES, POSITIONS, CHANNELS = 3, 4, 96  # of the shards and of test_resnet at 64 px
 
@@ -69,3 +71,59 @@ def test_a_head_that_cannot_be_fitted_is_refused_before_workers_try(
     ):
         with pytest.raises(WeightsError, match=rf"fit\.dim={dim} exceeds .*; use at most {most}"):
             attempt()
+
+
+def planned(folder: Path, **sections: dict[str, Any]) -> RunPlan:
+    """The plan of 12 steps of one image each."""
+    config = tiny_config(
+        run={"root": str(folder), "name": "new"},
+        teacher={"weights": str(folder / "teacher.safetensors")},
+        train={"global_batch_size": 1, "epochs": 4},
+        **sections,
+    )
+    return plan_run(config, open_shards(str(folder / "packed")), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "chance", "fill_steps", "implementation"),
+    [
+        ("pixel", math.log1p(12), 12, "chunked"),
+        ("image", math.log1p(12), 12, "chunked"),
+        ("mse", 2.0, 0, "plain"),
+    ],
+)
+def test_a_plan_says_what_is_true_of_its_kind_of_loss(
+    kind: str, chance: float, fill_steps: int, implementation: str, folder: Path
+) -> None:
+    loss = {"kind": kind, "queue_size": 12, "implementation": "chunked"}
+    plan = planned(folder, loss=loss)
+    assert plan.loss_kind == kind
+    assert plan.chance_loss == pytest.approx(chance, abs=5e-4)  # three decimals
+    assert (plan.queue_fill_steps, plan.loss_implementation) == (fill_steps, implementation)
+    assert plan.embedding_width == CHANNELS
+    assert plan.notes == {}
+    second = {"arch": "test_resnet", "head": "none", "weight": 0.5}
+    second["weights"] = str(folder / "teacher.safetensors")
+    two = planned(folder, loss=loss, teacher_2=second)
+    assert two.chance_loss == pytest.approx(1.5 * chance, abs=5e-4)
+
+
+def test_memory_is_planned_for_the_queue_where_there_is_one(folder: Path) -> None:
+    pixel, image, mse = (
+        planned(folder, loss={"kind": kind, "queue_size": 400_000}).memory_gib_per_worker
+        for kind in ("pixel", "image", "mse")
+    )
+    assert pixel == image
+    queue_gib = 400_000 * CHANNELS * 4 / 2**30
+    assert pixel - mse == pytest.approx(queue_gib, abs=0.011)  # two decimals each
+
+
+def test_a_queue_that_the_run_cannot_fill_is_noted(folder: Path) -> None:
+    plan = planned(folder, loss={"queue_size": 13})
+    (note,) = plan.summary()["notes"].items()
+    assert note[0] == "loss.queue_size"
+    assert "of 13 needs 13 steps to fill, the run has 12" in note[1]
+    assert note[1].endswith("use at most 12")
+    assert len(note[1]) < 140  # a line of the printed plan holds 160, with larger numbers
+    assert planned(folder, loss={"queue_size": 13, "kind": "image"}).notes == plan.notes
+    assert planned(folder, loss={"queue_size": 13, "kind": "mse"}).notes == {}

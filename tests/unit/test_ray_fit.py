@@ -9,20 +9,16 @@ from pathlib import Path
 import pytest
 from stored_run import store_run
 
-from pcd_ray.checkpoint import latest_checkpoint
 from pcd_ray.errors import ShardError, TrainingError
-from pcd_ray.train.ray_launch import _raise_failure, _stopped_by_ctrl_c
-from pcd_ray.train.ray_worker import FAILURE_FILE
+from pcd_ray.ray_fit import FAILURE_FILE, raise_failure, stopped_by_ctrl_c
 
 
 def test_a_run_that_fails_again_and_again_says_where_it_stands(tmp_path: Path) -> None:
-    folder, _ = store_run(tmp_path, 10, 20, train={"max_failures": 2})
-    stored = latest_checkpoint(folder)
-    assert stored is not None
+    folder, _ = store_run(tmp_path, 10, 20)
     cause = RuntimeError("Training failed:\nworker 1 died\n")
     message = r"failed 3 times \(train\.max_failures=2\): worker 1 died; .* goes on from step 20"
     with pytest.raises(TrainingError, match=message) as raised:
-        _raise_failure(folder, stored.config, cause)
+        raise_failure(folder, 2, cause)
     assert raised.value.__cause__ is cause
 
 
@@ -32,21 +28,21 @@ def test_a_workers_own_words_are_passed_on_as_its_kind_of_error(tmp_path: Path) 
         json.dumps({"kind": "ShardError", "message": "cat.jpg is damaged; pack again"})
     )
     with pytest.raises(ShardError, match=r"cat\.jpg is damaged; pack again"):
-        _raise_failure(folder, None, None)  # type: ignore[arg-type]
+        raise_failure(folder, 0, None)
 
 
 def test_ctrl_c_is_an_interrupt_whatever_ray_makes_of_it_and_ours_again_afterwards() -> None:
     before = signal.getsignal(signal.SIGINT)
 
     def interrupted() -> None:
-        with _stopped_by_ctrl_c():
+        with stopped_by_ctrl_c():
             signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train does
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert signal.getsignal(signal.SIGINT) is before
-    with _stopped_by_ctrl_c():
+    with stopped_by_ctrl_c():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -55,7 +51,7 @@ def test_a_thread_that_trains_has_no_say_in_signals() -> None:
     seen = []
 
     def body() -> None:
-        with _stopped_by_ctrl_c():
+        with stopped_by_ctrl_c():
             seen.append("ran")
 
     thread = threading.Thread(target=body)

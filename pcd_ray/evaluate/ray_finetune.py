@@ -1,0 +1,251 @@
+"""Fine-tuning on Ray Train workers: what the driver and each worker do.
+
+A worker that dies is started again and goes on from the last checkpoint; so does the same command
+after the driver has died.
+"""
+
+import functools
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint as RayCheckpoint
+from ray.train import CheckpointUploadMode
+from torch import Tensor
+
+from pcd_ray import storage
+from pcd_ray.checkpoint import (
+    RunFolder,
+    checkpoint_name,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    to_host,
+)
+from pcd_ray.config import Config, config_from_values, config_to_values
+from pcd_ray.evaluate.finetune import (
+    FinetuneSettings,
+    FinetuneStep,
+    FinetuneTask,
+    finetune_steps,
+    fingerprint,
+    new_state,
+)
+from pcd_ray.ray_cluster import connect, share_for_workers
+from pcd_ray.ray_events import Event, EventSender
+from pcd_ray.ray_fit import fit, until_it_cannot
+
+_MOST_LOADERS = 16  # threads that decode images, for one worker
+
+
+def finetune(
+    task: FinetuneTask,
+    settings: FinetuneSettings,
+    *,
+    folder: str,
+    num_workers: int,
+    device: str,
+    config: Config,
+) -> dict[str, Tensor]:
+    """Fine-tune on Ray Train workers, or go on where this was interrupted.
+
+    Its checkpoints lie in a subfolder of ``folder`` named after the `fingerprint` of task and
+    settings: what was trained with others is neither taken up nor overwritten.
+
+    Args:
+        task: what is learned.
+        settings: how.
+        folder: URI that all workers can write to.
+        num_workers: Ray Train workers, one GPU each on cuda.
+        device: ``cpu`` or ``cuda``.
+        config: of the evaluation; ``train.cpus_per_worker``, ``threads_per_worker`` and
+            ``max_failures`` are used, and it is stored with the checkpoints.
+
+    Returns:
+        The network's weights after the last step, on the CPU.
+
+    Raises:
+        PcdError: what a user can mend; checkpoints stay.
+    """
+    place = folder_of(task, settings, folder=folder)
+    done = latest_checkpoint(place)
+    if done is None or done.state["step"] < settings.steps:
+        _fit(task, settings, place, num_workers=num_workers, device=device, config=config)
+        done = latest_checkpoint(place)
+    assert done is not None
+    assert done.state["step"] == settings.steps
+    weights: dict[str, Tensor] = done.state["model"]
+    return weights
+
+
+def folder_of(task: FinetuneTask, settings: FinetuneSettings, *, folder: str) -> RunFolder:
+    """Return where a task's checkpoints lie: how often is logged and stored makes no difference."""
+    matters = replace(settings, checkpoint_every_steps=0, log_every_steps=1)
+    return RunFolder(storage.join(storage.absolute(folder), fingerprint(task, matters)))
+
+
+def _fit(
+    task: FinetuneTask,
+    settings: FinetuneSettings,
+    folder: RunFolder,
+    *,
+    num_workers: int,
+    device: str,
+    config: Config,
+) -> None:
+    share = share_for_workers(
+        connect(),
+        num_workers=num_workers,
+        device=device,
+        cpus_per_worker=config.train.cpus_per_worker,
+        threads_per_worker=config.train.threads_per_worker,
+        cpus_per_data_task=config.data.cpus_per_task,
+    )
+    progress = _Progress(settings.steps)
+    fit(
+        _worker,
+        {
+            "task": task,
+            "settings": settings,
+            "folder": folder.uri,
+            "config": config_to_values(config),
+        },
+        folder=folder,
+        share=share,
+        num_workers=num_workers,
+        max_failures=config.train.max_failures,
+        on_event=progress.show,
+    )
+
+
+class _Progress:
+    """Lines of progress on the driver's stderr."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._first: tuple[int, float] | None = None  # step and time from which the rate counts
+
+    def show(self, event: Event) -> None:
+        """Print what a worker tells."""
+        if event.kind == "resumed":
+            self._first = (event.step, time.monotonic())
+            words = f"fine-tuning from step {event.step} of {self._steps}"
+        elif event.kind == "metrics":
+            words = self._line(event)
+        else:
+            words = event.text
+        print(words, file=sys.stderr, flush=True)  # noqa: T201 - stdout holds results alone
+
+    def _line(self, event: Event) -> str:
+        step, since = self._first or (event.step, time.monotonic())
+        done, elapsed_s = event.step - step, time.monotonic() - since
+        step_s = elapsed_s / done if done else 0.0
+        losses = " ".join(
+            f"{name} {value:.3f}" for name, value in event.values.items() if name != "lr"
+        )
+        return (
+            f"step {event.step}/{self._steps} | {step_s:.2f} s/step | "
+            f"ETA {(self._steps - event.step) * step_s / 60:.1f} min | {losses} | "
+            f"lr {event.values['lr']:.2g}"
+        )
+
+
+def _worker(values: dict[str, Any]) -> None:
+    """Fine-tune on this worker."""
+    torch.set_num_threads(values["threads"])
+    until_it_cannot(RunFolder(values["folder"]), _Run(values).train)
+
+
+class _Run:
+    """One worker's part, from the first to the last step."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.task: FinetuneTask = values["task"]
+        self.settings: FinetuneSettings = values["settings"]
+        self.folder = RunFolder(values["folder"])
+        self.config = config_from_values(values["config"])
+        self.threads = int(values["threads"])
+        self.events = EventSender(values["mailbox"] if self.rank == 0 else None)
+        self._damaged: tuple[str, ...] = ()
+
+    def train(self) -> None:
+        """Restore, train and checkpoint until the last step."""
+        device = ray.train.torch.get_device()
+        assert isinstance(device, torch.device)
+        self.state = new_state(self.task, self.settings, device=device)
+        self._restore()
+        self.events.resumed(self.state.step)
+        loaders = min(_MOST_LOADERS, self.threads)
+        for done in finetune_steps(
+            self.task, self.settings, self.state, device=device, threads=loaders
+        ):
+            self._after_step(done)
+
+    def _after_step(self, done: FinetuneStep) -> None:
+        if done.losses is not None:
+            values = {**done.losses, "lr": done.learning_rate}
+            self.events.metrics(done.step, 0.0, values)
+        every = self.settings.checkpoint_every_steps
+        if done.step == self.settings.steps or (every and done.step % every == 0):
+            self._checkpoint()
+
+    def _restore(self) -> None:
+        """Go on from the newest whole checkpoint; rank 0 says which."""
+        found = latest_checkpoint(self.folder) if self.rank == 0 else None
+        box = [found.uri if found else None]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)
+        if box[0] is None:
+            return
+        stored = found or load_checkpoint(box[0])
+        self.state.load_state_dict(stored.state)
+        self._damaged = tuple(stored.passed_over)
+        for damaged in stored.passed_over.values():
+            self.events.say(f"warning: passed over {damaged}")
+
+    def _checkpoint(self) -> None:
+        """Copy the state to the host and let a background thread write it; a collective."""
+        state = self.state.state_dict()
+        placeholder = upload = None
+        if self.rank == 0:
+            placeholder = RayCheckpoint(tempfile.mkdtemp(prefix="pcd_ray_finetune_"))
+            upload = functools.partial(
+                _write, to_host(state), self.folder, self.config, self._damaged
+            )
+            self._damaged = ()  # gone once this checkpoint is there
+        ray.train.report(
+            {"step": self.state.step},
+            checkpoint=placeholder,
+            checkpoint_dir_name=checkpoint_name(self.state.step),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+        )
+
+
+def _write(
+    state: dict[str, Any],
+    folder: RunFolder,
+    config: Config,
+    damaged: tuple[str, ...],
+    placeholder: RayCheckpoint,
+    name: str,
+) -> RayCheckpoint:
+    """Write a checkpoint where Ray expects it; runs in Ray's upload thread."""
+    uri = storage.join(folder.checkpoints, name)
+    shutil.rmtree(placeholder.path, ignore_errors=True)
+    save_checkpoint(uri, state, {"step": state["step"]}, config)
+    prune_checkpoints(
+        folder, written=state["step"], keep=config.train.keep_checkpoints, damaged=damaged
+    )
+    filesystem, path = storage.filesystem(uri)
+    return RayCheckpoint(path, filesystem=filesystem)

@@ -1,0 +1,119 @@
+"""Real Ray: a detector is fine-tuned, its detections are stored, and all of it is reused."""
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from detection_folder import write_set
+from judged import drawn_network
+
+from pcd_ray.config import Config, config_from_values
+from pcd_ray.errors import ConfigError, ShardError
+from pcd_ray.evaluate import ray_detection
+from pcd_ray.evaluate.detection_figure import SHOWN_SCORE
+from pcd_ray.evaluate.ray_detection import judge_detection
+from pcd_ray.evaluate.scores import Scores
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(autouse=True)
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ray look after its workers more often: each run ends seconds earlier."""
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+
+def config_of(data: str, **more: object) -> Config:
+    detect = {
+        "data": data,
+        "steps": 3,
+        "global_batch_size": 2,
+        "min_short_side_px": 64,
+        "max_short_side_px": 64,
+        "max_long_side_px": 128,
+        "box_head": "2fc",
+        "rois_per_image": 16,
+        "log_every_steps": 1,
+        **more,
+    }
+    return config_from_values({"train": {"threads_per_worker": 1}, "eval": {"detect": detect}})
+
+
+def judged(config: Config, folder: Path) -> Scores:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return judge_detection(
+            drawn_network("resnet10t"), config, folder=str(folder), seed=0, device="cpu"
+        )
+
+
+def test_a_detector_is_judged_and_what_is_stored_is_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_detection, "_IMAGES_PER_PART", 2)  # of 3: two tasks
+    config = config_of(write_set(tmp_path / "set"))
+    folder = tmp_path / "out"
+    scores = judged(config, folder)
+    assert next(iter(scores.values)) == "box_ap"
+    assert {"box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"} < scores.values.keys()
+    assert all(0 <= value <= 100 for value in scores.values.values())
+    assert list(scores.classes) == ["box_ap", "mask_ap"]
+    assert set(scores.classes["box_ap"]) == {"red", "blue"}
+    assert scores.pictures["detections.png"].startswith(b"\x89PNG")
+    about = {key: scores.about[key] for key in ("steps", "train_images", "test_objects")}
+    assert about == {"steps": 3, "train_images": 4, "test_objects": 6}
+
+    (place,) = folder.iterdir()
+    stored = place / "detections.json"
+    assert not (place / "parts").exists()
+    assert {result["category_id"] for result in json.loads(stored.read_text())} <= {3, 7}
+
+    # what was stored is scored as it is: perfect detections in its place give 100
+    val = json.loads((tmp_path / "set" / "instances_val.json").read_text())
+    perfect = [
+        {
+            **{key: item[key] for key in ("image_id", "category_id", "bbox")},
+            "segmentation": _run_lengths(item["bbox"]),
+            "score": SHOWN_SCORE,
+        }
+        for item in val["annotations"]
+    ]
+    stored.write_text(json.dumps(perfect))
+    again = judged(config, folder)
+    assert again.values["box_ap"] == again.values["mask_ap"] == pytest.approx(100)
+    checkpoints = sorted(os.listdir(place / "checkpoints"))
+    assert judged(config, folder).values == again.values
+    assert sorted(os.listdir(place / "checkpoints")) == checkpoints
+
+
+def _run_lengths(box: list[float]) -> object:
+    import numpy as np
+    from detection_folder import SIZE
+
+    from pcd_ray.evaluate.detection_masks import run_lengths_of
+
+    bitmap = np.zeros(SIZE, np.uint8)
+    left, top, width, height = (int(value) for value in box)
+    bitmap[top : top + height, left : left + width] = 1
+    return run_lengths_of(bitmap)
+
+
+def test_bad_input_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eval\.detect\.data is empty; give a folder"):
+        judged(config_of(""), tmp_path / "out")
+    uri = write_set(tmp_path / "set")
+    (tmp_path / "set" / "images" / "100.png").unlink()
+    with pytest.raises(ShardError, match=r"^eval\.detect\.data: .*1 of 4 images are not in"):
+        judged(config_of(uri), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_breaks_while_looking_is_named(tmp_path: Path) -> None:
+    config = config_of(write_set(tmp_path / "set"), steps=1)
+    (tmp_path / "set" / "images" / "104.png").write_bytes(b"no image")  # of the second split
+    with pytest.raises(ShardError, match=r"104\.png: not an image; mend or remove the file"):
+        judged(config, tmp_path / "out")
+    assert torch.get_num_threads() >= 1

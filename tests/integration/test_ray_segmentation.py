@@ -1,0 +1,136 @@
+"""Real Ray: a network judged by segmentation, as a probe and as an FCN."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcd_ray.config import Config, config_from_values
+from pcd_ray.distill.backbones import build_backbone
+from pcd_ray.errors import ConfigError, ShardError, TrainingError
+from pcd_ray.evaluate.ray_segmentation import judge_segmentation
+from pcd_ray.evaluate.scores import Scores
+from pcd_ray.evaluate.students import JudgedNetwork
+
+sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluate"))
+from segmentation_folder import painted, random_mask, write_set
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_polls() -> Iterator[None]:
+    """Let Ray look after its workers more often: each run ends seconds earlier."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    masks = [random_mask(seed, height=64, width=96, block=32) for seed in range(17)]
+    pairs = [(painted(mask), mask) for mask in masks]
+    splits = {"train": pairs[:9], "val": pairs[9:14], "test": pairs[14:]}
+    return write_set(tmp_path_factory.mktemp("painted") / "set", splits)
+
+
+@pytest.fixture(scope="module")
+def network() -> JudgedNetwork:
+    torch.manual_seed(0)
+    return JudgedNetwork(
+        label="small",
+        timm_name="test_resnet",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+        weights=build_backbone("test_resnet").body.state_dict(),
+        sha256="0" * 64,
+        source="drawn",
+    )
+
+
+def config_of(uri: str, **segment: Any) -> Config:
+    small = {"probe_steps": 30, "steps": 20, "global_batch_size": 4, "crop_px": 64, "lr": 0.02}
+    return config_from_values(
+        {
+            "train": {"num_workers": 2, "threads_per_worker": 1, "global_batch_size": 2},
+            "eval": {"segmentation": uri, "segment": small | segment},
+        }
+    )
+
+
+def judged(network: JudgedNetwork, config: Config, place: Path) -> tuple[Scores, str]:
+    with contextlib.redirect_stderr(io.StringIO()) as console:
+        scores = judge_segmentation(network, config, folder=str(place), seed=0, device="cpu")
+    return scores, console.getvalue()
+
+
+def assert_complete(scores: Scores) -> None:
+    names = [f"{before}{name}" for before in ("", "test_") for name in ("miou", "macc", "aacc")]
+    assert list(scores.values) == list(scores.intervals) == names
+    assert set(scores.classes) == {"iou", "test_iou"}
+    assert list(scores.classes["iou"]) == ["sky", "road", "tree"]
+    for name in ("segmentation.png", "confusion.png", "test_confusion.png"):
+        assert Image.open(io.BytesIO(scores.pictures[name])).width > 200
+    assert scores.about["images"] == {"train": 9, "val": 5, "test": 3}
+    pixels = np.array(scores.about["confusion"]["val"])
+    assert pixels.sum() == 5 * 64 * 96
+    assert scores.values["aacc"] == pytest.approx(100 * np.trace(pixels) / pixels.sum())
+
+
+def test_the_probe_and_the_fcn_are_judged_alike(
+    folder: str, network: JudgedNetwork, tmp_path: Path
+) -> None:
+    probe, _ = judged(network, config_of(folder), tmp_path)
+    assert_complete(probe)
+    config = config_of(folder, method="fcn", window_px=64)
+    fcn, console = judged(network, config, tmp_path)
+    assert_complete(fcn)
+    assert "step 20/20 |" in console
+    about = {name: fcn.about[name] for name in ("steps", "crop_px", "window_px", "output_stride")}
+    assert about == {"steps": 20, "crop_px": 64, "window_px": 64, "output_stride": 8}
+    again, console = judged(network, config, tmp_path)
+    assert console == ""  # nothing is trained twice
+    assert (again.values, again.about) == (fcn.values, fcn.about)
+
+
+def test_sets_and_networks_that_cannot_be_used_are_told_before_anything_is_trained(
+    folder: str, network: JudgedNetwork, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"eval\.segmentation is empty; give the folder"):
+        judged(network, config_of(""), tmp_path)
+    weights = {name: value.clone() for name, value in network.weights.items()}
+    next(value for name, value in weights.items() if name.endswith("conv1.weight"))[0] = np.nan
+    broken = JudgedNetwork(
+        label="broken",
+        timm_name="test_resnet",
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        weights=weights,
+        sha256="1" * 64,
+        source="drawn",
+    )
+    with pytest.raises(TrainingError, match=r"^features: 1 of 1 images have infinite or NaN"):
+        judged(broken, config_of(folder, method="fcn"), tmp_path)
+
+
+def test_masks_are_looked_through_and_empty_classes_are_noted(
+    network: JudgedNetwork, tmp_path: Path
+) -> None:
+    masks = [np.minimum(random_mask(seed, height=64, width=96, block=32), 1) for seed in range(4)]
+    pairs = [(painted(mask), mask) for mask in masks]
+    uri = write_set(tmp_path / "set", {"train": pairs[:3], "val": pairs[3:]})
+    scores, _ = judged(network, config_of(uri), tmp_path)
+    assert scores.about["notes"] == [
+        "no training pixel has class tree: it cannot be learned",
+        "no pixel of val has class tree",
+    ]
+    Image.fromarray(masks[0] + 7).save(tmp_path / "set" / "masks" / "train_01.png")
+    with pytest.raises(ShardError, match=r"eval\.segmentation: .*train_01\.png: labels \[7, 8\]"):
+        judged(network, config_of(uri, method="fcn"), tmp_path)
