@@ -66,8 +66,8 @@ def write_eval_report(  # noqa: PLR0913 - what a page of a comparison holds
 def _lead(rows: Mapping[str, Sequence[Scores]], sets: Mapping[str, str]) -> str:
     places = ", ".join(f"{option.removeprefix('eval.')} {uri}" for option, uri in sets.items())
     return (
-        f"{len(rows)} networks judged alike on {places}. Labels were used for judging alone; the "
-        "networks have not seen them while they were distilled."
+        f"{len(rows)} networks judged alike on {places}. Distilled students have seen none of the "
+        "labels, whatever images they have seen."
     )
 
 
