@@ -32,7 +32,7 @@ PICTURES = {
     "strongest principal components of its map as red, green and blue.",
     "similarity.png": "What resembles the marked pixel: the cosine of its feature with that of "
     "every other position of the same image. Yellow is alike; each network has its own scale.",
-    "similarity_across.png": "What resembles the marked pixel of the first image, in that image and "
+    "similarity_across.png": "What resembles the first image's marked pixel, in that image and "
     "in the others.",
     "receptive_fields.png": "Effective receptive field: how much each pixel of the image moves the "
     "feature in the middle of the map (absolute gradient, averaged over images; brightness is its "
