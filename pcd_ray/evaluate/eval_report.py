@@ -128,10 +128,14 @@ def _networks(rows: Mapping[str, Sequence[Scores]], sources: Mapping[str, str]) 
 
 
 def _looks(looks: Mapping[str, bytes]) -> list[Figure]:
-    return [
-        Figure(png, PICTURES.get(name, name.rpartition(".")[0].replace("_", " ")))
-        for name, png in looks.items()
-    ]
+    return [Figure(png, _caption(name)) for name, png in looks.items()]
+
+
+def _caption(name: str) -> str:
+    if name.startswith("attention_"):
+        label = name.removeprefix("attention_").removesuffix(".png")
+        return f"{label}. {PICTURES['attention_student.png']}"
+    return PICTURES[name]
 
 
 def _figures(rows: Mapping[str, Sequence[Scores]]) -> list[Figure]:

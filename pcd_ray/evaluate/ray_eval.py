@@ -8,12 +8,15 @@ from typing import Any
 from PIL import Image
 
 from pcd_ray import storage
+from pcd_ray.checkpoint import find_checkpoint
 from pcd_ray.config import Config
+from pcd_ray.distill.student import Student
 from pcd_ray.errors import ConfigError, PcdError, TrainingError
 from pcd_ray.evaluate.comparison import Estimate, compare, plain
 from pcd_ray.evaluate.eval_report import write_eval_report
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.judging import Kind, judge_rows, out_folder
+from pcd_ray.evaluate.necks import stored_student
 from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear, neighbours
 from pcd_ray.evaluate.ray_detection import judge_detection, open_detection_set
 from pcd_ray.evaluate.ray_segmentation import judge_segmentation
@@ -202,7 +205,8 @@ def _looks(kind: Kind, rows: Sequence[Row], config: Config, share: WorkerShare) 
     """Draw the first network of each row on the same images."""
     drawn: dict[str, bytes] = call_in_task(
         _drawn,
-        [replace(row.networks[0], label=row.label) for row in rows],
+        [row.networks[0] for row in rows],
+        _necks(rows),
         kind.images(config),
         config.eval.pixel,
         config.eval.image_size_px or config.augment.image_size_px,
@@ -211,13 +215,24 @@ def _looks(kind: Kind, rows: Sequence[Row], config: Config, share: WorkerShare) 
     return drawn
 
 
+def _necks(rows: Sequence[Row]) -> dict[str, Student]:
+    """Return the students with a neck, by row: it is left out of what is judged."""
+    stored = {
+        row.label: stored_student(find_checkpoint(storage.absolute(row.run)))
+        for row in rows
+        if row.run
+    }
+    return {label: student for label, student in stored.items() if len(student.neck)}
+
+
 def _drawn(
     networks: Sequence[JudgedNetwork],
+    necks: Mapping[str, Student],
     images: Sequence[Image.Image],
     pixel: tuple[float, float],
     size_px: int,
 ) -> dict[str, bytes]:
-    return look_pictures(networks, images, pixel=pixel, size_px=size_px)
+    return look_pictures(networks, images, pixel=pixel, size_px=size_px, necks=necks)
 
 
 def _write(

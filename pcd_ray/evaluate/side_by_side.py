@@ -13,6 +13,7 @@ from pcd_ray.config import Config
 from pcd_ray.data.decode import decode_rgb
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.distill.backbones import Backbone, map_shape
+from pcd_ray.distill.student import Student
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.detection_data import open_detection
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
@@ -31,6 +32,7 @@ def look_pictures(
     *,
     pixel: tuple[float, float],
     size_px: int,
+    necks: Mapping[str, Student] | None = None,
 ) -> dict[str, bytes]:
     """Draw all networks' maps of the same images; return file name -> PNG.
 
@@ -39,6 +41,7 @@ def look_pictures(
         images: at least one; a square is cut from the middle of each.
         pixel: the place asked about: shares in [0, 1] of width and height, from the left and top.
         size_px: side of those squares, made larger where all networks take it.
+        necks: label -> student, in eval mode, of those that were trained with an MHSA neck.
     """
     backbones = {network.label: network.backbone() for network in networks}
     side = _ZOOM * size_px if _take(backbones, _ZOOM * size_px) else size_px
@@ -47,7 +50,7 @@ def look_pictures(
         label: frozen_map(backbone, pixels) for label, backbone in backbones.items()
     }
     drawn = {"pca_maps.png": pca_maps(pixels, maps)}
-    return drawn | draw_pixel_pictures(backbones, pixels, pixel=pixel)
+    return drawn | draw_pixel_pictures(backbones, pixels, pixel=pixel, necks=necks)
 
 
 def classified_images(config: Config) -> list[Image.Image]:

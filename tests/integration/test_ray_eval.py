@@ -39,6 +39,7 @@ def test_one_command_gives_a_table_a_page_and_parts(
     page = Path(run, "eval/knn/report.html").read_text()
     assert "stored" in page
     assert page.count("data:image/png") >= 3, "maps, similarity, receptive fields"
+    assert Path(run, "eval/knn/figures/attention_stored.png").exists(), "the run has a neck"
     parts = {path: path.stat().st_mtime_ns for path in Path(run, "eval/parts").rglob("*.*")}
     assert main(["eval", "knn", run, "--compare", "untrained"]) == 0
     table = capsys.readouterr().out.splitlines()
