@@ -23,7 +23,7 @@ from pcd_ray.evaluate.detection_data import DetectionImage
 from pcd_ray.evaluate.detection_masks import Segmentation, bitmap_of
 
 SHOWN_SCORE = 0.5
-"""Detections below this score are not drawn."""
+"""Detections below this score are not drawn, unless it is an image's best one."""
 
 _WIDTH_IN = 10.0
 _DPI = 130
@@ -73,7 +73,8 @@ def marked_from_results(
         results: of the image, as COCO's results files hold them.
         label_of: id of a category -> its label.
     """
-    shown = [result for result in results if result["score"] >= SHOWN_SCORE]
+    by_score = sorted(results, key=lambda result: -float(result["score"]))
+    shown = by_score[:1] + [one for one in by_score[1:] if one["score"] >= SHOWN_SCORE]
     boxes = np.array([result["bbox"] for result in shown], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return Marked(
@@ -101,7 +102,7 @@ def detection_grid(
     side = _WIDTH_IN / 2
     figure = Figure(figsize=(_WIDTH_IN, side * sum(shapes) + 0.8), layout="constrained")
     axes = figure.subplots(len(images), 2, squeeze=False, height_ratios=shapes)
-    columns = {"truth": truth, f"found, score {SHOWN_SCORE:g} or above": found}
+    columns = {"truth": truth, f"found: score {SHOWN_SCORE:g} or above, or the best one": found}
     for column, (title, marked) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=11, color=_INK)
         for axis, image, of in zip(axes[:, column], images, marked, strict=True):

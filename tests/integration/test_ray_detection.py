@@ -6,16 +6,22 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from detection_folder import write_set
+from detection_folder import SIZE, write_set
 from judged import drawn_network
 
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.errors import ConfigError, ShardError
 from pcd_ray.evaluate import ray_detection
 from pcd_ray.evaluate.detection_figure import SHOWN_SCORE
-from pcd_ray.evaluate.ray_detection import judge_detection
+from pcd_ray.evaluate.detection_masks import run_lengths_of
+from pcd_ray.evaluate.ray_detection import (
+    detection_task,
+    found_results,
+    judge_detection,
+    open_detection_set,
+)
 from pcd_ray.evaluate.scores import Scores
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -90,11 +96,6 @@ def test_a_detector_is_judged_and_what_is_stored_is_reused(
 
 
 def _run_lengths(box: list[float]) -> object:
-    import numpy as np
-    from detection_folder import SIZE
-
-    from pcd_ray.evaluate.detection_masks import run_lengths_of
-
     bitmap = np.zeros(SIZE, np.uint8)
     left, top, width, height = (int(value) for value in box)
     bitmap[top : top + height, left : left + width] = 1
@@ -112,8 +113,13 @@ def test_bad_input_is_said_before_anything_is_trained(tmp_path: Path) -> None:
 
 
 def test_an_image_that_breaks_while_looking_is_named(tmp_path: Path) -> None:
-    config = config_of(write_set(tmp_path / "set"), steps=1)
+    config = config_of(write_set(tmp_path / "set"))
+    data = open_detection_set(config)
+    task = detection_task(
+        drawn_network("resnet10t"), data, config.eval.detect, max_pixels=10**6, seed=0
+    )
     (tmp_path / "set" / "images" / "104.png").write_bytes(b"no image")  # of the second split
     with pytest.raises(ShardError, match=r"104\.png: not an image; mend or remove the file"):
-        judged(config, tmp_path / "out")
-    assert torch.get_num_threads() >= 1
+        found_results(
+            task, task.build().state_dict(), str(tmp_path), category_ids=(3, 7), device="cpu"
+        )

@@ -16,7 +16,7 @@ from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.detection import BoxHead, DetectionBatch, Detector, detect, taps_of
 
 MEAN, STD = (0.48, 0.45, 0.41), (0.23, 0.22, 0.21)
-SIZES = ((96, 128), (128, 100))
+SIZES = ((64, 96), (96, 70))
 CLASSES = 3
 ROIS = 24
 
@@ -74,7 +74,7 @@ def pictures(sizes: tuple[tuple[int, int], ...] = SIZES) -> list[Tensor]:
 
 
 def targets(*, masks: bool = True) -> list[dict[str, Tensor]]:
-    boxes = (torch.tensor([[10.0, 20, 60, 90], [70, 5, 120, 50]]), torch.tensor([[4.0, 8, 80, 99]]))
+    boxes = (torch.tensor([[10.0, 12, 50, 60], [52, 5, 90, 40]]), torch.tensor([[4.0, 8, 60, 80]]))
     made = []
     for box, (height, width) in zip(boxes, SIZES, strict=True):
         labels = torch.arange(len(box)) % CLASSES + 1
@@ -119,11 +119,11 @@ def test_losses_and_boxes_are_those_of_torchvisions_own_network(
 def test_detections_are_given_in_the_stored_size() -> None:
     detector = ours().eval()
     image = pictures()[0]
-    same = detect(detector, [image], [(96, 128)])[0]
-    larger = detect(detector, [image], [(192, 384)])[0]
+    same = detect(detector, [image], [SIZES[0]])[0]
+    larger = detect(detector, [image], [(128, 288)])[0]
     torch.testing.assert_close(larger.boxes, same.boxes * torch.tensor([3.0, 2, 3, 2]))
     assert larger.masks is not None
-    assert larger.masks.shape[1:] == (192, 384)
+    assert larger.masks.shape[1:] == (128, 288)
     assert int(larger.labels.min()) >= 0
     assert int(larger.labels.max()) < CLASSES
 
