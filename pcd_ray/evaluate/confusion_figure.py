@@ -45,6 +45,7 @@ def confusion_png(confusion: Tensor, classes: Sequence[str]) -> bytes:
                     text.set(ha="center", va="center")
     bar = figure.colorbar(image, ax=axis, shrink=0.8)
     bar.set_label("% of the true class's pixels", fontsize=8, color=_INK)
+    bar.ax.tick_params(labelsize=8, labelcolor=_INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
