@@ -70,7 +70,7 @@ def test_its_report_and_pictures_are_there(result: DemoResult) -> None:
         picture = (folder / "figures" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG"), name
     page = Path(result.summary()["report"]).read_text()
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/png;base64,") == 8
     for words in ("mIoU %, validation", "kNN on pooled features", "striped square"):
         assert words in page
     classes = result.run.metrics["segmentation_classes"]
@@ -111,7 +111,7 @@ def test_a_run_that_cannot_be_judged_by_one_score_keeps_the_others_and_says_so(
     assert "val_0001.png" in summary["not_judged"]["segmentation"]
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "Not judged: segmentation" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 7
     mask.write_bytes(good)
     again = train(config).metrics
     assert "not_judged" not in again
