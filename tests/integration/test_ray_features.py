@@ -156,7 +156,8 @@ def test_features_that_are_not_finite_are_refused(
     config: Config, network: JudgedNetwork, tmp_path: Path
 ) -> None:
     name = next(name for name, value in network.weights.items() if value.ndim == 4)
-    weights = {**network.weights, name: network.weights[name] * float("nan")}
+    huge = network.weights[name].sign() * 1e38  # finite: what comes of it is not
+    weights = {**network.weights, name: huge}
     with pytest.raises(TrainingError, match="images have infinite or NaN values"):
         stored(replace(network, weights=weights, sha256="other"), config, tmp_path)
 

@@ -106,7 +106,8 @@ def test_sets_and_networks_that_cannot_be_used_are_told_before_anything_is_train
     with pytest.raises(ConfigError, match=r"eval\.segmentation is empty; give the folder"):
         judged(network, config_of(""), tmp_path)
     weights = {name: value.clone() for name, value in network.weights.items()}
-    next(value for name, value in weights.items() if name.endswith("conv1.weight"))[0] = np.nan
+    first = next(value for name, value in weights.items() if name.endswith("conv1.weight"))
+    first.fill_(1e38)  # finite: what comes of it is not
     broken = JudgedNetwork(
         label="broken",
         timm_name="test_resnet",
