@@ -194,4 +194,4 @@ def test_two_images_are_learned_by_heart(task_of: Callable[..., DetectionTask]) 
             images, results, classes=("red", "blue"), category_ids=(3, 7), of=of
         )
         assert scored.summary["ap50"] is not None
-        assert scored.summary["ap50"] > 70, scored
+        assert scored.summary["ap50"] > 50, scored
