@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pcd-ray",
         description="Pixel-Wise Contrastive Distillation on Ray. Options are listed, with their "
-        "meaning, in pcd_ray/config.py; any of them can be given as dotted.key=value.",
+        "meaning, in pcd_ray/config/; any of them can be given as dotted.key=value.",
     )
     parser.add_argument("--version", action="version", version=f"pcd-ray {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -64,7 +64,7 @@ def test_everything_is_frozen() -> None:
         ("techer.arch", "resnet50", "techer: unknown option; did you mean teacher?"),
         ("student.mhsaa.depth", 1, "student.mhsaa: unknown option; did you mean student.mhsa?"),
         ("student.mhsa.dept", 1, "did you mean student.mhsa.depth?"),
-        ("zzz", 1, "zzz: unknown option; see the options in pcd_ray/config.py"),
+        ("zzz", 1, "zzz: unknown option; see the options in pcd_ray/config/"),
         ("optim.name", "lar", "optim.name='lar' is not one of 'lars' or 'adamw'; did you mean"),
         ("pairing.kind", "same_viw", "did you mean 'same_view'?"),
         ("train.num_workers", "two", "train.num_workers='two': input should be a valid integer"),

@@ -1,0 +1,109 @@
+"""Plain data, YAML files and overrides to a checked Config, and back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pcd_ray.config.problems import problem
+from pcd_ray.config.schema import Config
+from pcd_ray.errors import ConfigError
+
+
+def config_from_values(values: dict[str, Any]) -> Config:
+    """Return a checked Config from plain nested data.
+
+    Raises:
+        ConfigError: all problems at once, each with its dotted path and the nearest known name.
+    """
+    try:
+        return TypeAdapter(Config).validate_python(_with_source_mappings(values))
+    except ValidationError as error:
+        problems = sorted({problem(dict(item)) for item in error.errors()})
+        raise ConfigError("\n".join(problems)) from error
+
+
+def config_to_values(config: Any) -> dict[str, Any]:
+    """Return a Config (or a section of it) as plain nested data, ready for YAML and JSON."""
+    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return plain
+
+
+def config_from_file(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Return a Config from a YAML file (``""`` for none) and ``dotted.key=value`` overrides.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, or an option is wrong.
+    """
+    values: Any = {}
+    if path:
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file) or {}
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}); give a YAML file"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not YAML ({error}); mend the file") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: holds {type(values).__name__}; give a mapping of sections")
+    for override in overrides:
+        _apply(values, override)
+    return config_from_values(values)
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a Config with ``dotted.key=value`` overrides applied.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    values = config_to_values(config)
+    for override in overrides:
+        _apply(values, override)
+    return config_from_values(values)
+
+
+def config_from_argv(argv: Sequence[str]) -> Config:
+    """Return a Config from ``[script, CONFIG.yaml, dotted.key=value, ...]``."""
+    words = list(argv[1:])
+    path = words.pop(0) if words and "=" not in words[0] else ""
+    return config_from_file(path, words)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole configuration as YAML, defaults included."""
+    return str(yaml.safe_dump(config_to_values(config), sort_keys=False))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override!r} is no override; write dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML ({error}); quote it") from error
+    *sections, last = name.split(".")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section} is {inner!r}, not a section")
+        place = inner
+    place[last] = "" if value is None and text == "" else value
+
+
+def _with_source_mappings(values: dict[str, Any]) -> dict[str, Any]:
+    """Let ``data.sources`` be one URI or a list of URIs as well as of mappings."""
+    data = values.get("data")
+    if not isinstance(data, dict) or "sources" not in data:
+        return values
+    sources = data["sources"]
+    listed = sources if isinstance(sources, list | tuple) else [sources]
+    mapped = [{"uri": item} if isinstance(item, str) else item for item in listed]
+    return {**values, "data": {**data, "sources": mapped}}

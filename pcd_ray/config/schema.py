@@ -1,0 +1,90 @@
+"""The sections put together, and the dotted names of their options."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, ClassVar, get_args
+
+from pydantic import ConfigDict
+
+from pcd_ray.config.checks import FORBID, require
+from pcd_ray.config.data import AugmentConfig, DataConfig
+from pcd_ray.config.eval import EvalConfig
+from pcd_ray.config.loss import LossConfig, PairingConfig
+from pcd_ray.config.run import ExportConfig, RunConfig
+from pcd_ray.config.student import StudentConfig
+from pcd_ray.config.teacher import TeacherConfig
+from pcd_ray.config.train import OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run lives."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images and shards."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Views."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The frozen network."""
+    teacher_2: TeacherConfig | None = None
+    """A second frozen network, with a head of the student's, a queue and a weight of its own; the
+    losses are added up. None: one teacher. [ours]"""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """The network that learns."""
+    pairing: PairingConfig = field(default_factory=PairingConfig)
+    """Positives."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss and its negatives."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop and workers."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Judging."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """The student file."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.loss.kind != "image" or self.pairing.kind != "cross_view_geometric",
+            "pairing.kind",
+            self.pairing.kind,
+            "same_view (one crop) or cross_view_index (two) with loss.kind=image, which pools "
+            "positions instead of pairing them",
+        )
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers that there are, by the names of their sections."""
+        both = {"teacher": self.teacher, "teacher_2": self.teacher_2}
+        return {name: teacher for name, teacher in both.items() if teacher is not None}
+
+
+def option_names(kind: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every option."""
+    for item in dataclasses.fields(kind):
+        section = _section(item.type)
+        if section is not None:
+            yield from option_names(section, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name
+
+
+def option_value(config: Config, name: str) -> Any:
+    """Return the value of a dotted option name; None in a section that is not given."""
+    value: Any = config
+    for part in name.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
+
+
+def _section(kind: Any) -> Any:
+    """Return the dataclass of a section, one that may be left out included; None: an option."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next((k for k in kinds if dataclasses.is_dataclass(k)), None)

@@ -1,0 +1,105 @@
+"""Sections ``optim`` and ``train``: optimiser and schedule, loop and workers."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from pcd_ray.config.checks import FORBID, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser and schedule; the defaults are [code]'s."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    name: Literal["lars", "adamw"] = "lars"
+    """LARS (momentum 0.9, trust coefficient 1e-3) or AdamW."""
+    base_lr: float = 1.0
+    """Learning rate per 256 images of the global batch."""
+    weight_decay: float = 1e-5
+    """Decay of weights; none on biases and norms."""
+    warmup_epochs: float = 10.0
+    """Linear warm-up from 0, in epochs; fractions count."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end of the cosine, as a share of its peak."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient; 0 leaves it."""
+
+    def __post_init__(self) -> None:
+        require(self.base_lr > 0, "optim.base_lr", self.base_lr, "> 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, ">= 0")
+        require(
+            0 <= self.final_lr_fraction <= 1,
+            "optim.final_lr_fraction",
+            self.final_lr_fraction,
+            "in [0, 1]",
+        )
+        require(self.clip_grad_norm >= 0, "optim.clip_grad_norm", self.clip_grad_norm, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The training loop and its workers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    epochs: int = 100
+    """Passes over the packed images. [code]"""
+    global_batch_size: int = 1024
+    """Images per optimiser step, over all workers and accumulation steps. [code]"""
+    accumulation_steps: int = 1
+    """Forward and backward passes per optimiser step."""
+    num_workers: int = 1
+    """Ray Train workers; one GPU each when ``device`` is cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; ``auto`` takes cuda when the cluster has GPUs."""
+    cpus_per_worker: float = 0.0
+    """CPUs each worker reserves; 0 decides by the cluster, so that Ray Data always has room: none
+    where there are up to four, else an equal part of half of them; at most one beside a GPU."""
+    threads_per_worker: int = 0
+    """Torch threads per worker; 0: the node's cores divided by its workers."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: autocast to bfloat16; gates, norms and the loss stay in float32."""
+    channels_last: bool = False
+    """Store maps with channels innermost."""
+    sync_batchnorm: bool = False
+    """Compute BatchNorm statistics over all workers (cuda only)."""
+    compile: bool = False
+    """Compile the student and the teacher with torch.compile."""
+    log_every_steps: int = 10
+    """Optimiser steps between two lines of metrics."""
+    checkpoint_every_steps: int = 0
+    """Optimiser steps between checkpoints, besides those at each epoch; 0: epochs alone."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    max_failures: int = 3
+    """Times that a failed worker group is started again from the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size", "accumulation_steps", "num_workers"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        for name in ("log_every_steps", "keep_checkpoints"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        for name in (
+            "cpus_per_worker",
+            "threads_per_worker",
+            "checkpoint_every_steps",
+            "max_failures",
+        ):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), ">= 0")
+        batch, parts = self.global_batch_size, self.num_workers * self.accumulation_steps
+        if batch % parts:
+            lower = batch - batch % parts
+            fix = f"use {lower + parts}" if lower == 0 else f"use {lower} or {lower + parts}"
+            raise ValueError(
+                f"train.global_batch_size={batch} does not split over train.num_workers="
+                f"{self.num_workers} x train.accumulation_steps={self.accumulation_steps}; {fix}"
+            )
+
+    @property
+    def batch_size_per_worker(self) -> int:
+        """Images that one worker takes per optimiser step."""
+        return self.global_batch_size // self.num_workers
