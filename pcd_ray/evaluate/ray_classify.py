@@ -71,10 +71,17 @@ def judge_knn(
     """
     started = time.monotonic()
     images = _open_images(config)
-    ks, left_out = neighbours(config.eval.knn_ks, images.train.num_rows)
+    voters = images.train.num_rows - images.leave_one_out
+    ks, left_out = neighbours(config.eval.knn_ks, voters)
     sets = _store_sets(network, images, config, folder=folder, device=device)
     hits = call_in_task(
-        _knn_hits, sets.train.uri, sets.test.uri, ks, device, share=_share(config, device)
+        _knn_hits,
+        sets.train.uri,
+        sets.test.uri,
+        ks,
+        device,
+        images.leave_one_out,
+        share=_share(config, device),
     )
     headline = max((k for k in ks if k <= HEADLINE_K), default=min(ks))
     named = {"knn_top1": hits[headline], **{f"knn_k{k}": hits[k] for k in ks}}
@@ -201,7 +208,9 @@ def _share(config: Config, device: str) -> WorkerShare:
     )[1]
 
 
-def _knn_hits(train_uri: str, test_uri: str, ks: tuple[int, ...], device: str) -> dict[int, Tensor]:
+def _knn_hits(
+    train_uri: str, test_uri: str, ks: tuple[int, ...], device: str, leave_one_out: bool
+) -> dict[int, Tensor]:
     train, test = read_features(train_uri), read_features(test_uri)
     return knn_hits(
         train.features,
@@ -210,6 +219,7 @@ def _knn_hits(train_uri: str, test_uri: str, ks: tuple[int, ...], device: str) -
         test.labels,
         ks=ks,
         device=torch.device(device),
+        leave_one_out=leave_one_out,
     )
 
 
