@@ -48,8 +48,12 @@ class WorkerShare:
         return {"CPU": self.cpus, "memory": 1}
 
 
-def connect() -> ClusterResources:
+def connect(*, dashboard: bool = False) -> ClusterResources:
     """Join the cluster of ``RAY_ADDRESS``, or start Ray on this machine; twice is once.
+
+    Args:
+        dashboard: start a Ray of this machine with its dashboard, for this machine alone. What Ray
+            Train reserved for a run that somebody else ends is freed by asking it.
 
     Raises:
         ClusterError: the named cluster does not answer, or Ray does not start here.
@@ -65,7 +69,7 @@ def connect() -> ClusterResources:
                 address=address,
                 logging_level=logging.WARNING,
                 log_to_driver=False,
-                include_dashboard=False if alone else None,
+                include_dashboard=dashboard if alone else None,
                 object_store_memory=_object_store_bytes() if alone else None,
             )
         except Exception as error:  # Ray's own kinds, and bare ones when it starts too slowly

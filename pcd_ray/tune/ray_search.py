@@ -89,6 +89,8 @@ class StudySearch(OptunaSearch):
     ) -> None:
         """Tell the study how a trial ended; one that the driver abandons stays running."""
         trial = self._ot_trials[trial_id]
+        if result and not error:
+            self.on_trial_result(trial_id, result)  # the last one is told here alone
         if error:
             trial.set_user_attr(REASON, self._reason(trial.number))
             self._study.tell(trial, state=TrialState.FAIL)
