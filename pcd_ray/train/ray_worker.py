@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
@@ -31,7 +29,7 @@ from pcd_ray.checkpoint import (
 )
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.data.plan import EpochPlan
-from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
+from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import (
     FITTED_HEADS,
@@ -40,8 +38,6 @@ from pcd_ray.distill.build import (
     blaming,
     build_method,
     build_student,
-    fit_contrastive_head,
-    fit_pca_head,
     load_teachers,
     save_fitted_head,
     stored_head,
@@ -53,7 +49,6 @@ from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
-from pcd_ray.seeds import derive_seed
 from pcd_ray.train.loop import (
     HostBatch,
     LoopSettings,
@@ -65,6 +60,7 @@ from pcd_ray.train.loop import (
     wrap_student,
 )
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
+from pcd_ray.train.ray_heads import fit_head, fitting_line
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -201,66 +197,15 @@ class _Run:
         """Return the run's own fitted head; rank 0 fits it once."""
         uri = self.folder.fitted_head(loaded.name)
         if self.place.rank == 0 and stored_head(uri, self.config, loaded) is None:
-            loaded.backbone.to(self.place.device)
-            save_fitted_head(uri, self._fit_head(loaded), self.config, loaded)
+            self.events.say(fitting_line(loaded))
+            found = fit_head(loaded, self.shards, self.config, device=self.place.device)
+            if found.remark:
+                self.events.say(found.remark)
+            save_fitted_head(uri, found.head, self.config, loaded)
         _barrier()
-        loaded.backbone.cpu()
         fitted = stored_head(uri, self.config, loaded)
         assert fitted is not None  # rank 0 has just written it
         return fitted
-
-    def _fit_head(self, loaded: LoadedTeacher) -> nn.Sequential:
-        fit = loaded.options.fit
-        self.events.say(f"fitting the {loaded.name}'s {fit.dim}-wide {loaded.identity.head} head")
-        random = np.random.default_rng(derive_seed(self.config.run.seed, "head_fit"))
-        rows = random.permutation(self.shards.num_images)[: fit.images]
-        if loaded.identity.head == "pca":
-            return fit_pca_head(loaded, self._whole_images(rows), fit)
-        fitted = fit_contrastive_head(
-            loaded,
-            self._several_views(rows, fit.views),
-            fit,
-            num_images=len(rows),
-            seed=self.config.run.seed,
-        )
-        self.events.say(f"the head finds {fitted.top1_pct:.0f}% of images by another view of them")
-        return fitted.head
-
-    def _whole_images(self, rows: np.ndarray[Any, Any]) -> Iterator[Tensor]:
-        config = self.config
-        for views, _ in eval_batches(
-            self.shards.index,
-            rows,
-            size_px=config.augment.image_size_px,
-            batch_size=config.eval.images_per_forward,
-            data=config.data,
-        ):
-            yield torch.from_numpy(views).to(self.place.device)
-
-    def _several_views(
-        self, rows: np.ndarray[Any, Any], views: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield several training views of some images, each with its two numbers."""
-        config = self.config
-        plan = EpochPlan(((len(rows), 1.0),), config.run.seed)  # its epochs are the views
-        batch = config.eval.images_per_forward
-        for host in view_batches(
-            self.shards.index.take(pa.array(rows)),
-            plan,
-            recipe_from(config.augment, "same_view"),
-            seed=derive_seed(config.run.seed, "head_fit"),
-            rank=0,
-            num_ranks=1,
-            global_batch_size=batch,
-            start_step=0,
-            stop_step=plan.total_steps(views, batch),
-            data=config.data,
-        ):
-            yield (
-                torch.from_numpy(host["student_view"]).to(self.place.device),
-                torch.from_numpy(host["epoch"]),
-                torch.from_numpy(host["row"]),
-            )
 
     def _new_state(self) -> TrainState:
         config, device = self.config, self.place.device
