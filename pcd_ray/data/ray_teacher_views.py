@@ -36,8 +36,8 @@ def teacher_views(
         data: limits of images.
 
     Returns:
-        Number in ``parts`` -> ``view`` (count, S, S, 3) uint8 and the ``part`` (count,) that they
-        are for.
+        Number in ``parts`` -> ``view`` (count, S, S, 3) uint8, the ``key`` (count,) of each one's
+        image, and the ``part`` (count,) that they are for.
     """
     images = ray.put(lean_index(index))
     max_pixels = data.max_pixels
@@ -45,13 +45,14 @@ def teacher_views(
     def views(chunk: Batch) -> Batch:
         part = parts[int(chunk["id"][0])]
         numbers, rows = np.divmod(np.asarray(maps.records(part), np.int64), maps.num_images)
-        pixels = []
+        pixels, keys = [], []
         contents = contents_of(ray.get(images), rows)
         for number, (entry, content) in zip(numbers.tolist(), contents, strict=True):
+            keys.append(entry["key"])
             own = view_seed(seed, number, entry)
             pixels.append(
                 explained(teacher_view_of_bytes, entry, content, recipe, own, max_pixels=max_pixels)
             )
-        return {"view": np.stack(pixels), "part": np.full(len(rows), part)}
+        return {"view": np.stack(pixels), "key": np.array(keys), "part": np.full(len(rows), part)}
 
     return views

@@ -356,8 +356,7 @@ def adapted_teacher(
     Raises:
         WeightsError: its head breaks the law or does not fit its backbone.
     """
-    with blaming(loaded.name):
-        return _frozen(config, loaded, fitted).teacher
+    return _frozen(config, loaded, fitted).teacher
 
 
 def on_device(teacher: FrozenTeacher, config: Config, device: torch.device) -> FrozenTeacher:

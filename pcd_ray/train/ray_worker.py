@@ -28,6 +28,7 @@ from pcd_ray.checkpoint import (
     to_host,
 )
 from pcd_ray.config import Config, config_from_values
+from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
@@ -61,6 +62,7 @@ from pcd_ray.train.loop import (
 )
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
 from pcd_ray.train.ray_heads import fit_head, fitting_line
+from pcd_ray.train.teacher_cache import cache_of
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -99,6 +101,7 @@ class _Run:
         self.total_steps = self.plan.total_steps(
             config.train.epochs, config.train.global_batch_size
         )
+        self.maps: dict[str, StoredMaps] = {}
         self.method = self._build_method()
         self.knn_images = open_knn_images(config)
         for line in self.knn_images.left_out if self.knn_images else ():
@@ -164,6 +167,7 @@ class _Run:
             start_step=self.state.step,
             stop_step=self.total_steps,
             data=config.data,
+            maps=self.maps,
         )
 
     def _loop_settings(self) -> LoopSettings:
@@ -186,12 +190,19 @@ class _Run:
         )
 
     def _build_method(self) -> Method:
-        teachers = []
+        teachers, caches = [], {}
         for loaded in load_teachers(self.config):
             fits = loaded.identity.head in FITTED_HEADS
             with blaming(loaded.name):
                 teachers.append((loaded, self._fitted_head(loaded) if fits else None))
-        return build_method(self.config, teachers, device=self.place.device)
+                caches[loaded.name] = cache_of(self.config, loaded, self.shards)
+        method = build_method(self.config, teachers, device=self.place.device)
+        for branch in method.branches:
+            if (cache := caches[branch.name]) is not None:
+                with blaming(branch.name):
+                    cache.check_teacher(branch.identity)
+                self.maps[branch.name] = cache.maps
+        return method
 
     def _fitted_head(self, loaded: LoadedTeacher) -> nn.Sequential:
         """Return the run's own fitted head; rank 0 fits it once."""
@@ -255,10 +266,12 @@ class _Run:
         known = stored_references(self.folder, self.config) if self.place.rank == 0 else None
         if _from_rank_zero(known) is not None:
             return
-        found = {
-            branch.name: self._knn(branch.teacher.backbone)[names.KNN_TOP1]
-            for branch in self.method.branches
-        }
+        found = {}
+        for branch in self.method.branches:
+            backbone = branch.teacher.backbone.to(self.place.device)
+            found[branch.name] = self._knn(backbone)[names.KNN_TOP1]
+            if self.maps:  # it has nothing else to do on the device
+                backbone.cpu()
         untrained = build_student(self.config, []).backbone.to(self.place.device)
         found["untrained"] = self._knn(untrained)[names.KNN_TOP1]
         if self.place.rank == 0:
