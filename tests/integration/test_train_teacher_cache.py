@@ -21,8 +21,12 @@ from torch import Tensor
 from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
 from pcd_ray.config import Config
+from pcd_ray.data.map_store import StoredMaps
+from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
-from pcd_ray.distill.build import load_teachers
+from pcd_ray.distill.build import adapted_teacher, load_teachers
+from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.errors import CheckpointError, ShardError, TrainingError
 from pcd_ray.ray_cluster import WorkerShare
 from pcd_ray.train.ray_heads import fit_head
@@ -114,12 +118,9 @@ def test_the_cost_is_said_before_anything_is_computed(first: Run) -> None:
         "uri": cache.maps.uri,
         "state": "missing",
     }
-    line = (
-        rf"teacher cache: {count} maps of 16 x 4 x 4 in float16, 0\.045 MB, in {cache.maps.uri}\n"
-    )
-    cost, done = re.search(line, first.console), f"teacher cache: {count} maps computed"
-    assert cost is not None
-    assert first.console.index(done) > cost.end()
+    cost = f"teacher cache: {count} maps of 16 x 4 x 4 in float16, 0.045 MB, in {cache.maps.uri}\n"
+    done = f"teacher cache: {count} maps computed"
+    assert first.console.index(cost) < first.console.index(done)
     assert dry_run(first.config).summary()["teacher_cache"]["state"] == "whole"
 
 
@@ -131,6 +132,65 @@ def test_the_manifest_says_whose_maps_they_are(first: Run) -> None:
     assert about["licence"] == "MIT"
     assert manifest["made_of"] == cache.made_of
     assert (manifest["bytes"], manifest["views"]) == (first.plan["bytes"], VIEWS)
+
+
+def test_views_are_those_without_a_cache_until_they_come_again(first: Run) -> None:
+    """Bit by bit; the map beside each is the teacher's on the view that it would have seen."""
+    (cache,) = caches(first.config)
+    cached = batches_of(first.config, {"teacher": cache.maps})
+    plain = batches_of(first.config, {})
+    whole = stored_maps(cache)
+    teacher = teacher_alone(first.config)
+    for one, other in zip(cached, plain, strict=True):
+        assert "teacher_view" not in one
+        assert np.array_equal(one["row"], other["row"])
+        assert np.array_equal(one["epoch"], other["epoch"])
+        new = one["epoch"] < VIEWS
+        for name in ("student_view", "student_box", "teacher_box"):
+            assert np.array_equal(one[name][new], other[name][new]), name
+        numbers = torch.from_numpy(one["epoch"] % VIEWS)
+        read = torch.from_numpy(one["teacher_map"].copy())
+        assert read.dtype == torch.float16
+        assert torch.equal(read.float(), whole[numbers, torch.from_numpy(one["row"])])
+        if new.all():
+            exact = teacher(torch.from_numpy(other["teacher_view"]))
+            # half of float16's last bit, and float32's own rounding in batches of other sizes
+            torch.testing.assert_close(read.float(), exact, rtol=2**-11 + 1e-5, atol=1e-6)
+    seen = {
+        (epoch, row): view
+        for batch in cached
+        for epoch, row, view in zip(
+            batch["epoch"], batch["row"], batch["student_view"], strict=True
+        )
+    }
+    for row in range(NUM_IMAGES):
+        assert np.array_equal(seen[0, row], seen[VIEWS, row])
+        assert not np.array_equal(seen[0, row], seen[1, row])
+
+
+def batches_of(config: Config, maps: dict[str, StoredMaps]) -> list[dict[str, Any]]:
+    """Return all batches of a run of one worker."""
+    shards = open_shards(config.data.shards)
+    plan = EpochPlan(shards.plan_sources, config.run.seed)
+    batches = view_batches(
+        shards.index,
+        plan,
+        recipe_from(config.augment, config.pairing.kind),
+        seed=config.run.seed,
+        rank=0,
+        num_ranks=1,
+        global_batch_size=11,
+        start_step=0,
+        stop_step=plan.total_steps(EPOCHS, 11),
+        data=config.data,
+        maps=maps,
+    )
+    return list(batches)
+
+
+def teacher_alone(config: Config) -> FrozenTeacher:
+    (loaded,) = load_teachers(config)
+    return adapted_teacher(config, loaded, None)
 
 
 def test_a_run_learns_from_the_stored_maps_and_from_nothing_else(first: Run) -> None:
