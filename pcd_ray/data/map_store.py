@@ -23,7 +23,7 @@ from pcd_ray.errors import ShardError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RECORDS_PER_PART = 256
-"""Maps of one file: what one task makes views for, and what an interruption loses at most."""
+"""Maps of one file at most: what a task makes views for, and what an interruption may lose."""
 Maps = np.ndarray[Any, np.dtype[np.float16]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from pcd_ray.checkpoint import RunFolder, latest_checkpoint
 from pcd_ray.config import Config
-from pcd_ray.data.map_store import RECORDS_PER_PART
 from pcd_ray.data.ray_stream import ActorPool, Batch, Stage, stream_through_pool
 from pcd_ray.data.ray_teacher_views import teacher_views
 from pcd_ray.data.ray_views import recipe_from
@@ -51,7 +50,7 @@ def build_caches(
     *,
     share: WorkerShare,
     say: Callable[[str], None],
-    per_part: int = RECORDS_PER_PART,
+    per_part: int = 0,
 ) -> int:
     """Compute the maps that a run reads, as far as they are not stored; Ray is up.
 
@@ -63,7 +62,7 @@ def build_caches(
         shards: its images.
         share: what a training worker gets; a head is fitted with that.
         say: is given lines on cost and progress.
-        per_part: maps of one file.
+        per_part: maps of one file; 0: as `cache_of` decides.
 
     Returns:
         How many maps were computed.

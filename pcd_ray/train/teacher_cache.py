@@ -28,6 +28,7 @@ from pcd_ray.distill.teacher import TeacherIdentity
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import ShardError, TrainingError, WeightsError
 
+_PART_VIEW_BYTES = 2**26  # of a part's views: larger blocks are cut up by Ray Data
 _LARGEST_ERROR = 2**-8  # of a map in float16, relative; 2^-11 at most where it is in range
 
 
@@ -109,7 +110,7 @@ class TeacherCache:
 
 
 def cache_of(
-    config: Config, loaded: LoadedTeacher, shards: Shards, *, per_part: int = RECORDS_PER_PART
+    config: Config, loaded: LoadedTeacher, shards: Shards, *, per_part: int = 0
 ) -> TeacherCache | None:
     """Return the cache that a run reads a teacher's maps from; None: its teacher runs.
 
@@ -117,7 +118,7 @@ def cache_of(
         config: the run.
         loaded: the teacher.
         shards: the run's images.
-        per_part: maps of one file.
+        per_part: maps of one file; 0: as many as have views of 64 MiB, 256 at most.
     """
     views = loaded.options.cache.views
     if not views:
@@ -131,7 +132,7 @@ def cache_of(
         shape=_shape(config, loaded),
         num_images=shards.num_images,
         views=views,
-        records_per_part=per_part,
+        records_per_part=per_part or _records_per_part(config.augment.image_size_px),
     )
     return TeacherCache(loaded.name, maps, made_of)
 
@@ -184,6 +185,10 @@ def _made_of(config: Config, loaded: LoadedTeacher, data_sha256: str) -> dict[st
         "data_sha256": data_sha256,
         "views": options.cache.views,
     }
+
+
+def _records_per_part(size_px: int) -> int:
+    return max(1, min(RECORDS_PER_PART, _PART_VIEW_BYTES // (3 * size_px * size_px)))
 
 
 def _shape(config: Config, loaded: LoadedTeacher) -> tuple[int, int, int]:

@@ -73,7 +73,7 @@ def trained(config: Config) -> tuple[TrainResult, str]:
     return result, console.getvalue()
 
 
-def caches(config: Config, *, per_part: int = 256) -> list[TeacherCache]:
+def caches(config: Config, *, per_part: int = 0) -> list[TeacherCache]:
     shards = open_shards(config.data.shards)
     teachers = load_teachers(config)
     found = [cache_of(config, loaded, shards, per_part=per_part) for loaded in teachers]

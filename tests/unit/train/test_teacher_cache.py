@@ -154,6 +154,14 @@ def test_the_plan_says_maps_bytes_place_and_state(folder: Path, tmp_path: Path) 
     assert "teacher_cache" not in plan_run(without, shards, device="cpu").summary()
 
 
+@pytest.mark.parametrize(("size_px", "count"), [(64, 256), (296, 255), (1024, 21)])
+def test_the_views_of_a_part_are_a_block_that_is_not_cut_up(
+    size_px: int, count: int, folder: Path
+) -> None:
+    per_part = cache_for(folder, augment={"image_size_px": size_px}).maps.records_per_part
+    assert (per_part, per_part * 3 * size_px**2 <= 2**26) == (count, True)
+
+
 @pytest.mark.parametrize(
     ("shape", "megabytes"),
     [((256, 4, 4), "149 MB"), ((16, 2, 2), "2.3 MB"), ((2048, 14, 14), "15 GB")],
