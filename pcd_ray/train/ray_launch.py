@@ -28,6 +28,7 @@ from pcd_ray.export import student_of
 from pcd_ray.ray_cluster import WorkerShare, connect, share_for_workers
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
+from pcd_ray.train.ray_teacher_cache import build_caches
 from pcd_ray.train.ray_worker import train_worker
 from pcd_ray.train.run_log import RunLog
 from pcd_ray.train.run_plan import RunPlan, plan_run
@@ -82,6 +83,7 @@ def train(config: Config, *, on_metrics: OnMetrics | None = None) -> TrainResult
         if found.steps_done < found.plan.steps:
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
+            build_caches(config, found.shards, share=found.share, say=log.say)
             _fit(config, folder, found.share, log, on_metrics)
     finally:
         log.close()
@@ -114,7 +116,10 @@ def _with_absolute_places(config: Config) -> Config:
         given = {name: getattr(section, name) for name in options}
         return replace(section, **{k: storage.absolute(v) for k, v in given.items() if v})
 
-    teachers = {name: absolute(each, "weights") for name, each in config.teachers.items()}
+    teachers = {
+        name: replace(absolute(each, "weights"), cache=absolute(each.cache, "path"))
+        for name, each in config.teachers.items()
+    }
     return replace(
         config,
         run=absolute(config.run, "root"),
@@ -129,6 +134,7 @@ def _with_absolute_places(config: Config) -> Config:
 class _Checked:
     """What is known before a run starts."""
 
+    shards: Shards
     share: WorkerShare
     plan: RunPlan
     steps_done: int
@@ -162,7 +168,15 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     plan = plan_run(config, shards, device=share.device)
     if guarded is not None:
         _refuse_other_teachers(config, plan, guarded)
-    return _Checked(share, plan, 0 if stored is None else int(stored.about["step"]))
+    _check_caches_can_be_written(plan)
+    return _Checked(shards, share, plan, 0 if stored is None else int(stored.about["step"]))
+
+
+def _check_caches_can_be_written(plan: RunPlan) -> None:
+    """Refuse a cache that is to be made where nothing can be written; a whole one may be so."""
+    for cache in (plan.teacher_cache, (plan.teacher_2 or {}).get("teacher_cache")):
+        if cache is not None and cache["state"] != "whole":
+            storage.check_writable(storage.parent(cache["uri"]))
 
 
 def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:
