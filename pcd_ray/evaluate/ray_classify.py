@@ -332,6 +332,7 @@ def _scores(
         intervals={
             name: interval_of_mean(100 * right.double(), seed=seed) for name, right in hits.items()
         },
+        test_images={name: len(right) for name, right in hits.items()},
         classes={headline: _per_class(hits[headline], sets.images)},
         about={
             **about,
