@@ -103,9 +103,7 @@ def list_files(uri: str, *, recursive: bool = True) -> list[StoredFile]:
         selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
         found = [info for info in fs.get_file_info(selector) if info.type == pafs.FileType.File]
     files = [
-        StoredFile(
-            base + info.path[len(path.rstrip("/")) :] + query, info.size, info.mtime_ns or 0
-        )
+        StoredFile(base + info.path[len(path.rstrip("/")) :] + query, info.size, info.mtime_ns or 0)
         for info in found
     ]
     return sorted(files, key=lambda file: file.uri)

@@ -7,7 +7,7 @@ averaged before trainings are compared.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -40,6 +40,8 @@ class Estimate:
     trainings: int
     measurements: int
     """Behind the value, of all trainings."""
+    missing: int = 0
+    """Trainings of the row that could not be judged."""
 
     def __str__(self) -> str:
         """Return the value with its interval: a bootstrap's is not symmetric."""
@@ -51,13 +53,15 @@ class Estimate:
 
     @property
     def basis(self) -> str:
-        """What the interval is over, in words; empty where there is none."""
-        if not self.over:
-            return ""
-        count = f"{self.over_count:,} " if self.over_count else ""
+        """What the interval is over, in words, and which trainings are missing."""
+        said = []
+        if self.over:
+            said.append(f"{self.over_count:,} {self.over}" if self.over_count else self.over)
         if self.over == TRAININGS and self.measurements > self.trainings:
-            return f"{count}{self.over}, means of judging seeds"
-        return f"{count}{self.over}"
+            said.append("means of judging seeds")
+        if self.missing:
+            said.append(f"{self.missing} of {self.missing + self.trainings} trainings missing")
+        return ", ".join(said)
 
 
 def estimate(measured: Measured, metric: str) -> Estimate | None:
@@ -71,21 +75,28 @@ def estimate(measured: Measured, metric: str) -> Estimate | None:
         measured: of the row.
         metric: which one.
     """
-    having = [
-        [scores for scores in training if metric in scores.values]
-        for training in measured
-        if any(metric in scores.values for scores in training)
-    ]
-    if not having:
+    found = _estimate(
+        [
+            [scores for scores in training if metric in scores.values]
+            for training in measured
+            if any(metric in scores.values for scores in training)
+        ],
+        metric,
+    )
+    return found and replace(found, missing=len(measured) - found.trainings)
+
+
+def _estimate(measured: Measured, metric: str) -> Estimate | None:
+    """Return the estimate of trainings and measurements that all have the metric."""
+    if not measured:
         return None
-    means = [fmean(scores.values[metric] for scores in training) for training in having]
-    count = sum(map(len, having))
+    means = [fmean(scores.values[metric] for scores in training) for training in measured]
     if len(means) > 1:
-        return _student(means, TRAININGS, len(means), count)
-    values = [scores.values[metric] for scores in having[0]]
+        return _student(means, TRAININGS, len(means), sum(map(len, measured)))
+    values = [scores.values[metric] for scores in measured[0]]
     if len(values) > 1:
-        return _student(values, JUDGING_SEEDS, 1, count)
-    (scores,) = having[0]
+        return _student(values, JUDGING_SEEDS, 1, len(values))
+    (scores,) = measured[0]
     interval = scores.intervals.get(metric)
     if interval is None:
         return Estimate(values[0], None, None, "", 0, 1, 1)
@@ -144,10 +155,10 @@ def _quantile(degrees: int) -> float:
     """Return Student's t, 97.5%; above 9 degrees by Fisher's expansion, exact to 1e-4."""
     if degrees <= len(_T):
         return _T[degrees - 1]
-    z = NormalDist().inv_cdf(0.975)
+    z: float = NormalDist().inv_cdf(0.975)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+    return z + sum(term / float(degrees) ** power for power, term in enumerate(terms, start=1))
