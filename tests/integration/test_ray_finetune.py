@@ -68,6 +68,10 @@ class GatedTask(SmallTask):
         return super().example(index, seed)
 
 
+def place_in(folder: Path) -> Place:
+    return Place(str(folder), str(folder))
+
+
 def run(
     task: SmallTask, settings: FinetuneSettings, folder: Path, config: Config = CONFIG
 ) -> tuple[dict[str, torch.Tensor], str]:
@@ -75,7 +79,7 @@ def run(
         trained = finetune(
             task,
             settings,
-            place=Place(str(folder), str(folder)),
+            place=place_in(folder),
             num_workers=1,
             device="cpu",
             config=config,
@@ -98,7 +102,7 @@ def test_it_is_the_loop_and_a_finished_one_is_taken_as_it_is(tmp_path: Path) -> 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, 8)]
     assert set(json.loads(lines[0])) == {"step", "class", "norm", "lr"}
-    assert checkpoint_steps(folder_of(TASK, settings, folder=f"{tmp_path}/work")) == [6, 7]
+    assert checkpoint_steps(folder_of(TASK, settings, folder=place_in(tmp_path).work)) == [6, 7]
     again, console = run(TASK, settings, tmp_path)
     assert_equal(again, weights)
     assert console == ""
@@ -124,7 +128,7 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_bits(tmp_path: 
     (awaited,) = EpochPlan(((100, 1.0),), order).rows(40, 41)[1].tolist()  # of step 10
     gate = tmp_path / "gate"
     task = GatedTask(100, batchnorm=True, awaited=awaited, gate=str(gate))
-    place = folder_of(task, settings, folder=f"{tmp_path}/work")
+    place = folder_of(task, settings, folder=place_in(tmp_path).work)
     killed: list[int] = []
 
     def kill_one() -> None:
