@@ -11,7 +11,7 @@ from pcd_ray.evaluate.detection_data import DetectionData, open_detection
 from pcd_ray.evaluate.detection_examples import DetectionViews
 from pcd_ray.evaluate.detection_task import DetectionTask, taking_part
 from pcd_ray.evaluate.finetune_settings import FinetuneSettings, check_batch
-from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 
 _PRESET_STEPS = {"coco_1x": 90_000, "coco_2x": 180_000}  # with this many images each:
 _PRESET_BATCH = 16

@@ -162,8 +162,7 @@ def _places(uri: str) -> dict[str, tuple[str, str]]:
         split: (storage.join(uri, f"instances_{split}.json"), storage.join(uri, "images"))
         for split in SPLITS
     }
-    layouts = (ours, coco)
-    for layout in layouts:
+    for layout in (ours, coco):
         if all(storage.exists(file) for file, _ in layout.values()):
             return layout
     raise ShardError(
@@ -185,8 +184,7 @@ def _record(file: str, text: str) -> dict[str, Any]:
             if not isinstance(item, dict) or type(item.get("id")) is not int:
                 raise ShardError(f"{file}: {str(item)[:80]} in {key!r} has no whole number as id")
         _check_unique(file, key, (item["id"] for item in record[key]))
-    checked: dict[str, Any] = record
-    return checked
+    return dict(record)
 
 
 def _check_unique(file: str, kind: str, ids: Iterable[int]) -> None:
@@ -235,7 +233,7 @@ def _open_split(
         for item in record["images"]
     )
     name = storage.name_of(file)
-    notes = tuple(f"{name}: {count:,} {what}" for what, count in sorted(counts.items()))
+    notes = tuple(f"{name}: {count:,} {what}" for what, count in sorted((+counts).items()))
     return DetectionSplit(file, images, notes)
 
 
@@ -248,8 +246,8 @@ def _image_uris(file: str, folder: str, images: Sequence[Mapping[str, Any]]) -> 
     if not images:
         raise ShardError(f"{file}: 'images' is empty; list the images")
     there = {stored.uri for stored in storage.list_files(folder)}
-    start = storage.absolute(storage.split_query(folder)[0])
-    query = storage.split_query(folder)[1]
+    base, query = storage.split_query(folder)
+    start = storage.absolute(base)
     uris = {item["id"]: f"{start}/{item.get('file_name')}{query}" for item in images}
     absent = [uri for uri in uris.values() if uri not in there]
     if absent:
@@ -283,11 +281,7 @@ def _image(  # noqa: PLR0913 - one record, its place and what is counted on the 
             raise damaged(annotation["id"], file, str(error)) from error
         if parsed is not None:
             kept.append(parsed)
-    counts[_CROWDS] += sum(one.crowd for one in kept)
-    counts[_EMPTY] += not annotations
-    for what in (_CROWDS, _EMPTY):
-        if not counts[what]:
-            del counts[what]
+    counts.update({_CROWDS: sum(one.crowd for one in kept), _EMPTY: int(not annotations)})
     return DetectionImage(
         id=item["id"],
         uri=uri,

@@ -16,7 +16,7 @@ from torch import nn
 from pcd_ray.evaluate.detection import BoxHead, DetectionBatch, Detector
 from pcd_ray.evaluate.detection_data import DetectionData, DetectionImage, open_detection
 from pcd_ray.evaluate.detection_examples import DetectionExample, DetectionViews
-from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.seeds import derive_seed
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)

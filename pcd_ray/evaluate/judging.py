@@ -23,8 +23,9 @@ from pcd_ray import storage
 from pcd_ray.config import Config
 from pcd_ray.errors import PcdError
 from pcd_ray.evaluate.contents import hash_of
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.scores import Scores
-from pcd_ray.evaluate.students import JudgedNetwork, Row
+from pcd_ray.evaluate.students import Row
 
 _HASH = 16  # characters of a hash that name a folder
 
@@ -96,8 +97,15 @@ Measurements = dict[str, list[list[Scores]]]
 """Row -> network -> seed -> scores; a network or seed that could not be judged has none."""
 
 
-def judge_rows(
-    kind: Kind, rows: Sequence[Row], data: Any, config: Config, *, parts: str, device: str
+def judge_rows(  # noqa: PLR0913 - whom, on what, how, where
+    kind: Kind,
+    rows: Sequence[Row],
+    data: Any,
+    config: Config,
+    *,
+    protocol: str,
+    parts: str,
+    device: str,
 ) -> tuple[Measurements, dict[str, str]]:
     """Judge all networks with all seeds; one that fails costs itself alone, whatever the cause.
 
@@ -106,13 +114,13 @@ def judge_rows(
         rows: what.
         data: from ``kind.open``.
         config: the options.
+        protocol: from `protocol_of`.
         parts: folder of what is stored.
         device: ``cpu`` or ``cuda``.
 
     Returns:
         The measurements, and what could not be judged -> why.
     """
-    protocol = protocol_of(kind, data, config, device)
     measured: Measurements = {row.label: [[] for _ in row.networks] for row in rows}
     failures: dict[str, str] = {}
     said: set[str] = set()
@@ -131,10 +139,10 @@ def judge_rows(
             continue
         measured[row.label][number].append(scores)
         _say(f"  {row.label}, seed {seed}: {_headline(scores)}")
-        for note in scores.about.get("notes", []):
-            if f"{row.label}: {note}" not in said:
-                said.add(f"{row.label}: {note}")
-                _say(f"  note: {note}")
+        new = {f"{row.label}: {note}" for note in scores.about.get("notes", [])} - said
+        said |= new
+        for note in sorted(new):
+            _say(f"note: {note}")
     return measured, failures
 
 

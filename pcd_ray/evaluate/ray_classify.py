@@ -34,6 +34,7 @@ from pcd_ray.evaluate.classify_settings import (
 from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.feature_store import read_features
 from pcd_ray.evaluate.features import FeatureMap, pooled_features
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.knn import knn_hits
 from pcd_ray.evaluate.linear_probe import (
@@ -48,7 +49,6 @@ from pcd_ray.evaluate.linear_probe import (
 )
 from pcd_ray.evaluate.ray_features import StoredFeatures, store_features
 from pcd_ray.evaluate.scores import Scores, interval_of_mean
-from pcd_ray.evaluate.students import JudgedNetwork
 from pcd_ray.ray_cluster import WorkerShare, call_in_task, resources, share_for_pool
 
 
@@ -116,13 +116,12 @@ def judge_linear(
     sets = _store_sets(network, data, config, folder=place.shared, device=device)
     settings = linear_settings(config.eval.linear, seed=seed)
     share = _share(config, device)
+    work = _Work(sets.train.uri, sets.test.uri, settings, device, storage.absolute(place.work))
     if config.eval.linear.views == "cached":
-        work = _Work(sets.train.uri, sets.test.uri, settings, device)
-        trained = call_in_task(_cached_linear, work, share=share)
+        hits, about = call_in_task(_cached_linear, work, share=share)
     else:
-        work = _Work(sets.train.uri, sets.test.uri, settings, device, storage.absolute(place.work))
-        trained = call_in_task(_augmented_linear, work, network, data.train, config, share=share)
-    hits, about = trained
+        task = (work, network, data.train, config)
+        hits, about = call_in_task(_augmented_linear, *task, share=share)
     return _scores(hits, sets, seed=seed, about=about)
 
 
@@ -143,7 +142,7 @@ class _Work:
     test_uri: str
     settings: LinearSettings
     device: str
-    folder: str = ""
+    folder: str
     """Where the state of a long training is kept."""
 
 
@@ -154,13 +153,10 @@ def _store_sets(
     network: JudgedNetwork, images: KnnImages, config: Config, *, folder: str, device: str
 ) -> _Sets:
     stored = []
+    place = storage.absolute(folder)
     for option, index in (("eval.knn_train", images.train), ("eval.knn_test", images.test)):
         with naming(option):
-            stored.append(
-                store_features(
-                    network, index, config, folder=storage.absolute(folder), device=device
-                )
-            )
+            stored.append(store_features(network, index, config, folder=place, device=device))
     return _Sets(images, *stored)
 
 

@@ -24,10 +24,10 @@ from pcd_ray.evaluate.detection_data import SPLITS, DetectionData, DetectionImag
 from pcd_ray.evaluate.detection_figure import detection_grid, marked_from_results, marked_from_truth
 from pcd_ray.evaluate.detection_task import DetectionTask
 from pcd_ray.evaluate.finetune_log import read_history, training_curve
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.ray_finetune import finetune
 from pcd_ray.evaluate.scores import Scores
-from pcd_ray.evaluate.students import JudgedNetwork
 from pcd_ray.ray_cluster import WorkerShare, call_in_tasks
 
 DETECTIONS = "detections.json"
@@ -68,33 +68,38 @@ def judge_detection(
     options = config.eval.detect
     task = detection_task(network, data, options, max_pixels=config.data.max_pixels, seed=seed)
     _check_objects(task, data)
-    history = read_history(storage.join(place.part, "metrics.jsonl"))
-    results = stored_results(storage.join(place.part, DETECTIONS))
     about: dict[str, Any] = {}
+    results = stored_results(storage.join(place.part, DETECTIONS))
     if results is None:
-        with naming("eval detect"):
-            task.build()  # before workers are asked for
-        started = time.monotonic()
-        trained = finetune(
-            task,
-            finetune_settings(options, device=device, seed=seed),
-            place=place,
-            num_workers=config.train.num_workers,
-            device=device,
-            config=config,
-        )
-        history = trained.history
-        about["seconds_finetuning"] = round(time.monotonic() - started, 1)
+        weights, about["seconds_finetuning"] = _trained(task, config, place, seed, device)
         started = time.monotonic()
         results = found_results(
-            task, trained.weights, place.part, category_ids=data.category_ids, device=device
+            task, weights, place.part, category_ids=data.category_ids, device=device
         )
         about["seconds_looking"] = round(time.monotonic() - started, 1)
     scores = _scores(task, data, results, seed=seed)
     scores.about.update(about)
-    if history:
+    if history := read_history(storage.join(place.part, "metrics.jsonl")):
         scores.pictures["training.png"] = training_curve(history)
     return scores
+
+
+def _trained(
+    task: DetectionTask, config: Config, place: Place, seed: int, device: str
+) -> tuple[dict[str, Tensor], float]:
+    """Return the weights after fine-tuning, and the seconds that it took."""
+    started = time.monotonic()
+    with naming("eval detect"):
+        task.build()  # before workers are asked for
+    trained = finetune(
+        task,
+        finetune_settings(config.eval.detect, device=device, seed=seed),
+        place=place,
+        num_workers=config.train.num_workers,
+        device=device,
+        config=config,
+    )
+    return trained.weights, round(time.monotonic() - started, 1)
 
 
 def found_results(

@@ -16,11 +16,12 @@ from pcd_ray.errors import ConfigError, TrainingError
 from pcd_ray.evaluate.comparison import Estimate, compare, plain
 from pcd_ray.evaluate.eval_places import out_folder, page_name, parts_folder
 from pcd_ray.evaluate.eval_report import Page, write_eval_report
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Kind, Measurements, judge_rows, protocol_of, story_of
 from pcd_ray.evaluate.necks import stored_student
 from pcd_ray.evaluate.ray_kinds import KINDS
 from pcd_ray.evaluate.side_by_side import look_pictures
-from pcd_ray.evaluate.students import JudgedNetwork, Row, open_rows, stored_config
+from pcd_ray.evaluate.students import Row, open_rows, stored_config
 from pcd_ray.ray_cluster import WorkerShare, call_in_task, connect, share_for_workers
 
 
@@ -96,26 +97,19 @@ def evaluate(kind: str, specs: Sequence[str], config: Config) -> EvalResult:
     _check_given(chosen, config)
     rows = open_rows(specs, config)
     data = chosen.open(config)
-    notes = list(chosen.notes(data, config))
-    for note in notes:
+    for note in chosen.notes(data, config):
         sys.stderr.write(f"note: {note}\n")
     out = out_folder(specs[0], config)
     storage.check_writable(out)
     share = _share(config)
-    measured, failures = judge_rows(
-        chosen, rows, data, config, parts=parts_folder(specs[0], config), device=share.device
-    )
+    page = _page(chosen, data, config, share.device)
     protocol = protocol_of(chosen, data, config, share.device)
-    name = page_name(kind, chosen.method(config), chosen.sets(config), protocol)
-    table = compare(measured)
-    result = EvalResult(kind, storage.join(out, name), table, measured, failures)
-    page = Page(
-        title=chosen.title(config),
-        sets=chosen.sets(config),
-        facts={**chosen.facts(data, config, share.device), "device": share.device},
-        notes=notes,
-        fine_tuned=chosen.fine_tunes(config),
+    parts = parts_folder(specs[0], config)
+    measured, failures = judge_rows(
+        chosen, rows, data, config, protocol=protocol, parts=parts, device=share.device
     )
+    name = page_name(kind, chosen.method(config), page.sets, protocol)
+    result = EvalResult(kind, storage.join(out, name), compare(measured), measured, failures)
     _write(result, page, rows, config, {})  # pictures may fail in ways that nobody can catch
     looks = _looks(result, chosen.images, data, rows, config, share)
     _write(result, page, rows, config, looks)
@@ -126,6 +120,16 @@ def evaluate(kind: str, specs: Sequence[str], config: Config) -> EvalResult:
             "same command goes on from there"
         )
     return result
+
+
+def _page(kind: Kind, data: Any, config: Config, device: str) -> Page:
+    return Page(
+        title=kind.title(config),
+        sets=kind.sets(config),
+        facts={**kind.facts(data, config, device), "device": device},
+        notes=kind.notes(data, config),
+        fine_tuned=kind.fine_tunes(config),
+    )
 
 
 def _kind(name: str) -> Kind:

@@ -21,6 +21,7 @@ from pcd_ray.evaluate.fcn import FcnTask
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import segmentation_grid
 from pcd_ray.evaluate.finetune_log import training_curve
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.ray_finetune import finetune
 from pcd_ray.evaluate.scores import Scores
@@ -30,7 +31,6 @@ from pcd_ray.evaluate.segmentation import linear_probe_miou
 from pcd_ray.evaluate.segmentation_data import VOID, SegmentationData
 from pcd_ray.evaluate.segmentation_scores import segmentation_scores
 from pcd_ray.evaluate.sliding_window import predicted_mask
-from pcd_ray.evaluate.students import JudgedNetwork
 from pcd_ray.ray_cluster import (
     WorkerShare,
     call_in_task,
@@ -175,7 +175,7 @@ def _judged_sizes(opened: SegmentSet, windows: Mapping[str, int]) -> list[tuple[
 def _check_sizes(backbone: Backbone, sizes: Sequence[tuple[int, int]]) -> None:
     """Refuse a network that takes no images of these sizes, in its own words."""
     for height, width in sizes:
-        map_shape(backbone, height, width, option="eval.segmentation")
+        map_shape(backbone, height, width, option="eval.segmentation_size_px")
 
 
 def _probe(

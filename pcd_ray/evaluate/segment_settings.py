@@ -6,11 +6,11 @@ from typing import Any
 from pcd_ray.config import Config, SegmentConfig
 from pcd_ray.evaluate.fcn import FcnSettings, FcnTask
 from pcd_ray.evaluate.finetune_settings import FinetuneSettings
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.segment_set import SegmentSet
 from pcd_ray.evaluate.segmentation_data import SegmentationData
 from pcd_ray.evaluate.segmentation_layouts import PROTOCOLS
 from pcd_ray.evaluate.sliding_window import default_stride
-from pcd_ray.evaluate.students import JudgedNetwork
 from pcd_ray.seeds import derive_seed
 
 _LARGEST_CROP_PX = 512  # of a set without a preset

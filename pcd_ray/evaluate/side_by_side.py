@@ -16,10 +16,10 @@ from pcd_ray.evaluate.detection_data import DetectionData
 from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import story_of
 from pcd_ray.evaluate.pixel_pictures import pixel_pictures
 from pcd_ray.evaluate.segment_set import SegmentSet
-from pcd_ray.evaluate.students import JudgedNetwork
 
 _IMAGES = 5
 _ZOOM = 3  # side of the images, in sides of training views: a finer map is easier read

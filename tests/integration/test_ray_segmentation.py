@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from tiny import tiny_config
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.errors import ConfigError, TrainingError
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.ray_segmentation import judge_segmentation
 from pcd_ray.evaluate.scores import Scores
 from pcd_ray.evaluate.segment_set import open_segment_set
-from pcd_ray.evaluate.students import JudgedNetwork, open_rows
+from pcd_ray.evaluate.students import open_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluate"))
 from segmentation_folder import painted, random_mask, write_set
@@ -116,8 +118,10 @@ def test_sets_and_networks_that_cannot_be_used_are_told_before_anything_is_train
     folder: str, network: JudgedNetwork, tmp_path: Path
 ) -> None:
     fixed = open_rows(["vit:untrained"], tiny_config(student={"backbone": "test_vit"}))
-    with pytest.raises(ConfigError, match=r"cannot take images of 64 x 96 pixels \(eval\.segm"):
-        judged(fixed[0].networks[0], config_of(folder), tmp_path)
+    config = config_of(folder)
+    small = replace(config, eval=replace(config.eval, segmentation_size_px=40))  # 40 x 60 px
+    with pytest.raises(ConfigError, match=r"^eval\.segmentation_size_px=40 does not split"):
+        judged(fixed[0].networks[0], small, tmp_path)
     weights = {name: value.clone() for name, value in network.weights.items()}
     first = next(value for name, value in weights.items() if name.endswith("conv1.weight"))
     first.fill_(1e38)  # finite: what comes of it is not

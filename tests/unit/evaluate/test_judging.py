@@ -11,6 +11,7 @@ from pcd_ray.config import Config
 from pcd_ray.errors import TrainingError
 from pcd_ray.evaluate.comparison import compare
 from pcd_ray.evaluate.contents import files_sha256
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import (
     Kind,
     Place,
@@ -20,7 +21,7 @@ from pcd_ray.evaluate.judging import (
     stored_scores,
 )
 from pcd_ray.evaluate.scores import Scores
-from pcd_ray.evaluate.students import JudgedNetwork, Row, open_rows
+from pcd_ray.evaluate.students import Row, open_rows
 
 
 class Counting:
@@ -76,7 +77,8 @@ def kind_of(judge: Counting, uri: str, **options: Any) -> Kind:
 def judged(
     kind: Kind, rows: list[Row], config: Config, out: Path
 ) -> tuple[dict[str, list[list[Scores]]], dict[str, str]]:
-    return judge_rows(kind, rows, "opened", config, parts=str(out), device="cpu")
+    known = {"protocol": protocol(kind, config), "parts": str(out), "device": "cpu"}
+    return judge_rows(kind, rows, "opened", config, **known)
 
 
 def protocol(kind: Kind, config: Config) -> str:
@@ -214,7 +216,7 @@ def test_notes_of_a_measurement_are_said_once(
             return scores
 
     judged(kind_of(Noting(), labelled), rows[:1], config, tmp_path)
-    assert capsys.readouterr().err.count("note: the rate is at the edge") == 1
+    assert capsys.readouterr().err.count("note: untrained: the rate is at the edge") == 1
 
 
 def test_scores_come_back_whole(tmp_path: Path) -> None:
