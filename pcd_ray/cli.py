@@ -168,6 +168,13 @@ def _is_override(word: str) -> bool:
     return bool(equals) and "." in name and name.replace(".", "").replace("_", "").isalnum()
 
 
+def _tune(options: argparse.Namespace) -> dict[str, Any]:
+    from pcd_ray.tune.ray_sweep import sweep
+
+    summary: dict[str, Any] = sweep(_config(options.words)).summary()
+    return summary
+
+
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.inspection import inspect
 
@@ -196,6 +203,7 @@ _VERBS: tuple[tuple[str, str, Callable[[argparse.Namespace], dict[str, Any]], st
     ("demo", "[CONFIG.yaml]", _demo, "See a student become good at pixels, offline, in minutes."),
     ("pack", "[CONFIG.yaml]", _pack, "Turn images into shards: data.sources -> data.shards."),
     ("train", "CONFIG.yaml", _train, "Distil a student, or go on where the run stopped."),
+    ("tune", "CONFIG.yaml", _tune, "Search tune.space on the cluster; the best config as a file."),
     (
         "eval",
         "{knn,linear,segment,detect} STUDENT [CONFIG.yaml]",

@@ -21,6 +21,7 @@ IMAGES_PER_S = "throughput/images_per_s_global"
 PEAK_GIB = "memory/peak_gib"
 KNN_TOP1 = "eval/knn_top1_pct"
 KNN1_TOP1 = "eval/knn_k1_top1_pct"
+SEGMENTATION_MIOU = "eval/segmentation_miou_pct"
 
 _OF_THE_SUM = (LOSS, LOSS_FLOOR, LOSS_ABOVE_FLOOR)  # weighted, over all teachers
 

@@ -17,11 +17,15 @@ class EvalConfig:
 
     every_epochs: int = 0
     """Epochs between kNN evaluations while training; 0: at the end alone."""
+    probe_every_epochs: int = 0
+    """Epochs between linear probes on ``segmentation``'s validation split while training, minutes
+    each on a CPU; 0: at the end alone."""
     knn_train: str = ""
     """Labelled folder (class subfolders), packed shards or list file whose images vote, and which
     the linear probe trains on; empty: neither."""
     knn_test: str = ""
-    """Labelled images of the same kinds that are classified."""
+    """Labelled images of the same kinds that are classified; where it is ``knn_train`` itself, each
+    image by all others (leave one out), which looks at no test image."""
     knn_k: int = 20
     """Neighbours that vote while a run trains and at its end, each with weight exp(cosine / 0.07);
     one neighbour is reported too."""
@@ -44,6 +48,11 @@ class EvalConfig:
     """Detection and instance segmentation."""
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     """Semantic segmentation."""
+    references: str = ""
+    """Folder in which runs share the scores of networks that training does not change, the teacher
+    and the untrained student; empty: each run measures its own."""
+    pictures: bool = True
+    """Draw what networks make of images when a run is finished: minutes on a CPU."""
     seeds: int = 1
     """Seeds with which ``pcd-ray eval`` repeats what it trains to judge; kNN draws nothing."""
     out: str = ""
@@ -60,6 +69,15 @@ class EvalConfig:
             "two shares in [0, 1]",
         )
         require(self.every_epochs >= 0, "eval.every_epochs", self.every_epochs, ">= 0")
+        require(
+            self.probe_every_epochs >= 0, "eval.probe_every_epochs", self.probe_every_epochs, ">= 0"
+        )
+        require(
+            not self.probe_every_epochs or bool(self.segmentation),
+            "eval.probe_every_epochs",
+            self.probe_every_epochs,
+            "0 where eval.segmentation is empty",
+        )
         require(self.seeds > 0, "eval.seeds", self.seeds, "> 0")
         require(self.knn_k > 0, "eval.knn_k", self.knn_k, "> 0")
         ks = self.knn_ks

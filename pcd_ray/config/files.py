@@ -1,6 +1,6 @@
 """Plain data, YAML files and overrides to a checked Config, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -66,6 +66,18 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     return config_from_values(values)
 
 
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return a Config in which options, by their dotted names, have these values.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    nested = config_to_values(config)
+    for name, value in values.items():
+        _set(nested, name, value, story=f"{name}={value!r}")
+    return config_from_values(nested)
+
+
 def config_from_argv(argv: Sequence[str]) -> Config:
     """Return a Config from ``[script, CONFIG.yaml, dotted.key=value, ...]``."""
     words = list(argv[1:])
@@ -86,6 +98,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML ({error}); quote it") from error
+    _set(values, name, "" if value is None and text == "" else value, story=repr(override))
+
+
+def _set(values: dict[str, Any], name: str, value: Any, *, story: str) -> None:
+    """Set a dotted name in nested data."""
     *sections, last = name.split(".")
     place = values
     for section in sections:
@@ -93,9 +110,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = place[section] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {section} is {inner!r}, not a section")
+            raise ConfigError(f"{story}: {section} is {inner!r}, not a section")
         place = inner
-    place[last] = "" if value is None and text == "" else value
+    place[last] = value
 
 
 def _with_source_mappings(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ def problem(item: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     value = item.get("input")
     if item["type"] == "unexpected_keyword_argument":
-        return f"{path}: unknown option{_nearest_option(path)}"
+        return f"{path}: unknown option{nearest_option(path)}"
     if item["type"] == "literal_error":
         allowed = str(item["ctx"]["expected"])
         return f"{path}={value!r} is not one of {allowed}{_nearest(str(value), allowed)}"
@@ -28,7 +28,8 @@ def problem(item: dict[str, Any]) -> str:
     return f"{path}={value!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
-def _nearest_option(path: str) -> str:
+def nearest_option(path: str) -> str:
+    """Return ``; did you mean NAME?`` for an unknown dotted name, or where to look."""
     depth = path.count(".")
     sections = [name for name in _section_names() if name.count(".") == depth]
     near = difflib.get_close_matches(path, [*option_names(), *sections], n=1, cutoff=0.6)

@@ -26,6 +26,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.max_failures",
     "eval",
     "export",
+    "tune",
 )
 """Options that a resumed run may set anew. ``data.shards`` and teachers' ``weights`` are places:
 what lies there is compared by content hash instead. ``run.seed`` matters and is compared."""

@@ -16,6 +16,7 @@ from pcd_ray.config.run import ExportConfig, RunConfig
 from pcd_ray.config.student import StudentConfig
 from pcd_ray.config.teacher import TeacherConfig
 from pcd_ray.config.train import OptimConfig, TrainConfig
+from pcd_ray.config.tune import TuneConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,8 @@ class Config:
     """Judging."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """The student file."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """A search over other options."""
 
     def __post_init__(self) -> None:
         require(

@@ -39,21 +39,35 @@ def open_for_knn(config: Config) -> KnnImages:
         ShardError: as `open_knn_images`.
     """
     images = open_images(config)
-    neighbours(config.eval.knn_ks, images.train.num_rows)
+    neighbours(config.eval.knn_ks, voters_of(images))
     return images
 
 
 def knn_notes(images: KnnImages, config: Config) -> list[str]:
     """Return which images and numbers of neighbours are left out, and why."""
-    return [*images.left_out, *neighbours(config.eval.knn_ks, images.train.num_rows)[1]]
+    return [*images.left_out, *neighbours(config.eval.knn_ks, voters_of(images))[1]]
+
+
+def linear_notes(images: KnnImages, config: Config) -> list[str]:
+    """Return which images are left out, and why."""
+    del config
+    if not images.leave_one_out:
+        return list(images.left_out)
+    same = "eval.knn_test is eval.knn_train: the probe is scored on images that it was trained on"
+    return [*images.left_out, same]
 
 
 def knn_facts(images: KnnImages, config: Config, device: str) -> dict[str, Any]:
     """Return all that numbers follow from besides sets and network, as plain data."""
     del device
-    ks, _ = neighbours(config.eval.knn_ks, images.train.num_rows)
-    facts = {"ks": list(ks), "headline_k": headline_of(ks), "temperature": TEMPERATURE}
-    return {**_facts(images, config), **facts}
+    ks, _ = neighbours(config.eval.knn_ks, voters_of(images))
+    return {
+        **_facts(images, config),
+        "ks": list(ks),
+        "headline_k": headline_of(ks),
+        "temperature": TEMPERATURE,
+        "leave_one_out": images.leave_one_out,
+    }
 
 
 def linear_facts(images: KnnImages, config: Config, device: str) -> dict[str, Any]:
@@ -80,6 +94,11 @@ def _facts(images: KnnImages, config: Config) -> dict[str, Any]:
         "train_images": images.train.num_rows,
         "test_images": images.test.num_rows,
     }
+
+
+def voters_of(images: KnnImages) -> int:
+    """Return how many images may vote on one."""
+    return images.train.num_rows - images.leave_one_out
 
 
 def headline_of(ks: tuple[int, ...]) -> int:

@@ -45,7 +45,7 @@ def page_name(kind: str, method: str, sets: Mapping[str, str], protocol: str) ->
     """
     places = [storage.absolute(uri) for uri in sets.values()]
     above = {storage.parent(place) for place in places}
-    several = len(places) > 1 and len(above) == 1  # parts of one set, such as train and val
+    several = len(set(places)) > 1 and len(above) == 1  # parts of one set, such as train and val
     name = storage.name_of(above.pop() if several else places[0])
     safe = "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in name)
     return "-".join(filter(None, [kind, method, safe, protocol[:_HASH]]))

@@ -31,6 +31,8 @@ class KnnImages:
     test: pa.Table
     left_out: tuple[str, ...] = ()
     """A line for each reason why some of the images given take no part."""
+    leave_one_out: bool = False
+    """The two are the same images, none of which votes for itself."""
 
 
 def crop_size_px(config: Config) -> int:
@@ -50,6 +52,8 @@ def open_knn_images(config: Config) -> KnnImages | None:
         return None
     left_out: list[str] = []
     train = _labelled("eval.knn_train", config.eval.knn_train, left_out)
+    if config.eval.knn_test == config.eval.knn_train:
+        return KnnImages(train, train, tuple(left_out), leave_one_out=True)
     test = _labelled("eval.knn_test", config.eval.knn_test, left_out)
     test = relabelled(test, classes_of(train))
     known = np.isin(column(test, "label"), column(train, "label"))

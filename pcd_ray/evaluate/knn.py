@@ -18,7 +18,7 @@ _MAX_CHUNK_VALUES = 2**24  # 64 MiB of float32 similarities at a time
 _MAX_VOTERS = 2**18  # compared at a time; more are merged block by block
 
 
-def knn_top1_pct(
+def knn_top1_pct(  # noqa: PLR0913 - as of `knn_hits`
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
@@ -26,13 +26,20 @@ def knn_top1_pct(
     *,
     ks: Sequence[int],
     temperature: float = TEMPERATURE,
+    leave_one_out: bool = False,
 ) -> dict[int, float]:
     """Return the top-1 accuracy in percent for each number of neighbours in ``ks``.
 
     Arguments and errors are those of `knn_hits`.
     """
     hits = knn_hits(
-        train_features, train_labels, test_features, test_labels, ks=ks, temperature=temperature
+        train_features,
+        train_labels,
+        test_features,
+        test_labels,
+        ks=ks,
+        temperature=temperature,
+        leave_one_out=leave_one_out,
     )
     return {k: 100 * int(right.sum()) / len(right) for k, right in hits.items()}
 
@@ -46,6 +53,7 @@ def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
     ks: Sequence[int],
     temperature: float = TEMPERATURE,
     device: torch.device | None = None,
+    leave_one_out: bool = False,
 ) -> dict[int, Tensor]:
     """Return which test images are classified rightly, (M,) bool, for each k in ``ks``.
 
@@ -61,20 +69,26 @@ def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
         ks: numbers of neighbours, each in [1, N].
         temperature: > 0; lower trusts the nearest neighbours more.
         device: where to compute, a chunk at a time; None: where the test features are.
+        leave_one_out: test image i is training image i, which does not vote for itself.
 
     Raises:
-        ConfigError: a k is below 1 or above N.
+        ConfigError: a k is below 1 or above N, or above N - 1 where one is left out.
         ShardError: there are no test images.
         TrainingError: a feature is infinite or NaN.
     """
-    _check(train_features, test_features, ks=ks)
+    _check(train_features, test_features, ks=ks, voters=len(train_features) - leave_one_out)
     device = device or test_features.device
     labels, votes_for = train_labels.to(device).unique(return_inverse=True)  # (L,), (N,)
     chunk = max(1, _MAX_CHUNK_VALUES // max(min(len(train_features), _MAX_VOTERS), len(labels)))
     right: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for rows, truth in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
+    numbers = torch.arange(len(test_features), device=device)
+    for own, rows, truth in zip(
+        numbers.split(chunk), test_features.split(chunk), test_labels.split(chunk), strict=True
+    ):
         queries = F.normalize(rows.to(device).float(), dim=1)  # (chunk, C)
-        cosine, nearest = _neighbours(queries, train_features, k=max(ks))  # (chunk, k) each
+        cosine, nearest = _neighbours(queries, train_features, k=max(ks) + leave_one_out)
+        if leave_one_out:
+            cosine, nearest = _without(own, cosine, nearest)  # (chunk, k) each
         weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the best weighs 1: no overflow
         for k, hits in right.items():
             votes = torch.zeros(len(rows), len(labels), device=device)
@@ -98,6 +112,16 @@ def _neighbours(queries: Tensor, train_features: Tensor, *, k: int) -> tuple[Ten
     return values, index
 
 
+def _without(own: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop row ``own`` (chunk,) from (chunk, k + 1) neighbours, or the farthest where it is none.
+
+    An image is its own nearest neighbour, but one of many equal images may not be among them.
+    """
+    keep = index != own[:, None]
+    keep[:, -1] &= ~keep.all(dim=1)
+    return values[keep].view(len(own), -1), index[keep].view(len(own), -1)
+
+
 def _nearest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest values of each row and where they are; ties go to the lower index."""
     values, index = similarity.topk(k, dim=1)
@@ -110,12 +134,14 @@ def _nearest(similarity: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     return values, index.gather(1, by_value)
 
 
-def _check(train_features: Tensor, test_features: Tensor, *, ks: Sequence[int]) -> None:
-    bad = [k for k in ks if not 1 <= k <= len(train_features)]
+def _check(
+    train_features: Tensor, test_features: Tensor, *, ks: Sequence[int], voters: int
+) -> None:
+    bad = [k for k in ks if not 1 <= k <= voters]
     if bad or not ks:
         raise ConfigError(
-            f"kNN: k={bad or list(ks)} with {len(train_features)} training images; "
-            f"use k between 1 and {len(train_features)}, or give more images in eval.knn_train"
+            f"kNN: k={bad or list(ks)} with {voters} images that vote; "
+            f"use k between 1 and {voters}, or give more images in eval.knn_train"
         )
     if len(test_features) == 0:
         raise ShardError("kNN: 0 test images; give at least one in eval.knn_test")

@@ -30,6 +30,7 @@ from pcd_ray.evaluate.classify_settings import (
     headline_of,
     linear_settings,
     neighbours,
+    voters_of,
 )
 from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.feature_store import read_features
@@ -78,10 +79,16 @@ def judge_knn(
         ConfigError: a number of neighbours is above that of images.
         PcdError: as `store_features`.
     """
-    ks, _ = neighbours(config.eval.knn_ks, data.train.num_rows)
+    ks, _ = neighbours(config.eval.knn_ks, voters_of(data))
     sets = _store_sets(network, data, config, folder=place.shared, device=device)
     hits = call_in_task(
-        _knn_hits, sets.train.uri, sets.test.uri, ks, device, share=_share(config, device)
+        _knn_hits,
+        sets.train.uri,
+        sets.test.uri,
+        ks,
+        device,
+        data.leave_one_out,
+        share=_share(config, device),
     )
     named = {"knn_top1": hits[headline_of(ks)], **{f"knn_k{k}": hits[k] for k in ks}}
     return _scores(named, sets, seed=seed, about={})
@@ -166,7 +173,9 @@ def _share(config: Config, device: str) -> WorkerShare:
     )[1]
 
 
-def _knn_hits(train_uri: str, test_uri: str, ks: tuple[int, ...], device: str) -> dict[int, Tensor]:
+def _knn_hits(
+    train_uri: str, test_uri: str, ks: tuple[int, ...], device: str, leave_one_out: bool
+) -> dict[int, Tensor]:
     train, test = read_features(train_uri), read_features(test_uri)
     return knn_hits(
         train.features,
@@ -175,6 +184,7 @@ def _knn_hits(train_uri: str, test_uri: str, ks: tuple[int, ...], device: str) -
         test.labels,
         ks=ks,
         device=torch.device(device),
+        leave_one_out=leave_one_out,
     )
 
 

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from pcd_ray.evaluate.pixel_pictures import draw_pixel_pictures
 from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.segmentation_data import SegmentationData
+from pcd_ray.evaluate.shared_scores import shared_knn, shared_probe
 from pcd_ray.ray_cluster import PASSIVE_THREADS
 
 _FIGURE_IMAGES = 6
@@ -94,6 +96,8 @@ def _judge(config: Config, device: str) -> Judgement:
         judged.scores.update(_knn(config, networks, place))
     with _noted("segmentation", judged.failures):
         _judge_segmentation(config, networks, judged)
+    if not config.eval.pictures:
+        return judged
     with _noted("pictures", judged.failures):
         _draw_views(config)
         _draw_looks(config, networks, student)
@@ -142,10 +146,10 @@ def _knn(
     images = open_knn_images(config)
     if images is None:
         return {}
-    found = {
-        name: knn_scores(network, images, config, device=device)
-        for name, network in networks.items()
-    }
+    found = {}
+    for name, network in networks.items():
+        measure = partial(knn_scores, network, images, config, device=device)
+        found[name] = measure() if name == "student" else shared_knn(config, network, measure)
     best = max(next(iter(found.values())))
     return {
         "knn_top1": {name: scores[best] for name, scores in found.items()},
@@ -156,15 +160,13 @@ def _knn(
 def _probes(
     config: Config, data: SegmentationData, networks: dict[str, Backbone]
 ) -> dict[str, ProbeResult]:
-    return {
-        name: linear_probe_miou(
-            network,
-            data,
-            seed=config.run.seed,
-            splits=_judged_splits(data),
+    probes = {}
+    for name, network in networks.items():
+        measure = partial(
+            linear_probe_miou, network, data, seed=config.run.seed, splits=_judged_splits(data)
         )
-        for name, network in networks.items()
-    }
+        probes[name] = measure() if name == "student" else shared_probe(config, network, measure)
+    return probes
 
 
 def _judged_splits(data: SegmentationData) -> tuple[str, ...]:

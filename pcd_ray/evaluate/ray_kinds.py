@@ -3,7 +3,6 @@
 from pcd_ray.config import Config
 from pcd_ray.evaluate import classify_settings, detect_settings, segment_settings
 from pcd_ray.evaluate.detection_data import DetectionData
-from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.finetune_settings import check_batch
 from pcd_ray.evaluate.judging import Kind
 from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear
@@ -24,11 +23,6 @@ def _open_for_segment(config: Config) -> SegmentSet:
             "eval.segment.global_batch_size", segment.global_batch_size, config.train.num_workers
         )
     return open_segment_set(config)
-
-
-def _images_left_out(images: KnnImages, config: Config) -> tuple[str, ...]:
-    del config
-    return images.left_out
 
 
 def _notes(opened: SegmentSet | DetectionData, config: Config) -> tuple[str, ...]:
@@ -70,7 +64,7 @@ KINDS = {
             format=1,
             sets=_labelled_images,
             open=classify_settings.open_images,
-            notes=_images_left_out,
+            notes=classify_settings.linear_notes,
             facts=classify_settings.linear_facts,
             contents=classify_settings.contents_of,
             judge=judge_linear,

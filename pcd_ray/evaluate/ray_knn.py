@@ -43,15 +43,19 @@ def knn_scores(  # noqa: PLR0913 - the network, the images, and who shares the w
         num_ranks: ranks that share the work.
         gather: collects the ranks' parts.
     """
-    parts = []
-    for option, index in (("eval.knn_train", images.train), ("eval.knn_test", images.test)):
+    parts: list[Tensor] = []
+    sets = (("eval.knn_train", images.train), ("eval.knn_test", images.test))
+    for option, index in sets[: 1 if images.leave_one_out else 2]:
         rows = np.arange(rank, index.num_rows, num_ranks)
         with naming(option):
             features = _features(feature_map, index, rows, config, device)
         labels = torch.from_numpy(column(index, "label")[rows]).long()
         parts += [torch.cat(list(gather(features))), torch.cat(list(gather(labels)))]
-    ks = sorted({1, min(config.eval.knn_k, images.train.num_rows)})
-    return knn_top1_pct(*parts, ks=ks)
+    if images.leave_one_out:
+        parts *= 2
+    voters = images.train.num_rows - images.leave_one_out
+    ks = sorted({1, min(config.eval.knn_k, voters)})
+    return knn_top1_pct(*parts, ks=ks, leave_one_out=images.leave_one_out)
 
 
 def _features(

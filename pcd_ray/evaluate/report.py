@@ -11,12 +11,20 @@ from html import escape
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """A cell that leads to another page, relative to this one."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A table of text cells; rows are as long as the header."""
 
     caption: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Link]]
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -82,7 +90,8 @@ def _cards(table: Table) -> str:
     return f'<section><h2>{escape(table.caption)}</h2><div class="{kind}">{cards}</div></section>'
 
 
-def _card(names: Sequence[str], row: Sequence[str]) -> str:
+def _card(names: Sequence[str], linked: Sequence[str | Link]) -> str:
+    row = [cell.text if isinstance(cell, Link) else cell for cell in linked]
     numbers = [_number(cell) for cell in row[1:]]
     largest = max((number for number in numbers if number is not None), default=0.0)
     lines = []
@@ -98,12 +107,18 @@ def _card(names: Sequence[str], row: Sequence[str]) -> str:
 def _table(table: Table) -> str:
     header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
     rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
+        f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in table.rows
     )
     return (
         f'<section><h2>{escape(table.caption)}</h2><div class="wide"><table>'
         f"<thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
+
+
+def _cell(cell: str | Link) -> str:
+    if isinstance(cell, Link):
+        return f'<a href="{escape(cell.href)}">{escape(cell.text)}</a>'
+    return escape(cell)
 
 
 def _figure(figure: Figure) -> str:
@@ -177,6 +192,7 @@ th:first-child, td:first-child { text-align: left; }
 th { font-size: 13px; font-weight: 600; color: var(--soft); }
 tbody tr:last-child td { border-bottom: 0; }
 td { font-variant-numeric: tabular-nums; }
+a { color: var(--c1); }
 ul { margin: 0; padding-left: 20px; color: var(--soft); }
 li { margin: 4px 0; }
 summary { padding: 13px 20px; font-weight: 600; cursor: pointer; }

@@ -1,6 +1,7 @@
 """Config -> TorchTrainer -> result: what the driver does."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -54,8 +55,16 @@ class TrainResult:
         return {"path": self.path, "checkpoint": self.checkpoint, **self.metrics}
 
 
-def train(config: Config) -> TrainResult:
+OnMetrics = Callable[[int, float, Mapping[str, float]], None]
+"""Is told optimiser step, epoch and values of each line of metrics, on a thread of its own."""
+
+
+def train(config: Config, *, on_metrics: OnMetrics | None = None) -> TrainResult:
     """Train a student, or go on with the run of this name where it stopped.
+
+    Args:
+        config: the run.
+        on_metrics: is told each line of metrics as it arrives, e.g. by a sweep that may stop it.
 
     Returns:
         The finished run, judged, with its report written.
@@ -73,7 +82,7 @@ def train(config: Config) -> TrainResult:
         if found.steps_done < found.plan.steps:
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
-            _fit(config, folder, found.share, log)
+            _fit(config, folder, found.share, log, on_metrics)
     finally:
         log.close()
     log.say("judging the student")
@@ -110,7 +119,7 @@ def _with_absolute_places(config: Config) -> Config:
         config,
         run=absolute(config.run, "root"),
         data=absolute(config.data, "shards"),
-        eval=absolute(config.eval, "knn_train", "knn_test", "segmentation"),
+        eval=absolute(config.eval, "knn_train", "knn_test", "segmentation", "references"),
         export=absolute(config.export, "path"),
         **teachers,
     )
@@ -202,12 +211,20 @@ def _prepare_folder(config: Config, folder: RunFolder) -> None:
     storage.write_text(folder.file("config.yaml"), to_yaml(config))
 
 
-def _fit(config: Config, folder: RunFolder, share: WorkerShare, log: RunLog) -> None:
+def _fit(
+    config: Config,
+    folder: RunFolder,
+    share: WorkerShare,
+    log: RunLog,
+    on_metrics: OnMetrics | None,
+) -> None:
     """Train on the workers, passing on what they tell."""
 
     def on_event(event: Event) -> None:
         if event.kind == "metrics":
             log.metrics(event.step, event.epoch, event.values)
+            if on_metrics is not None:
+                on_metrics(event.step, event.epoch, event.values)
         elif event.kind == "resumed":
             log.resume_at(event.step)
         else:

@@ -48,9 +48,11 @@ from pcd_ray.distill.build import (
 )
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, TrainingError
-from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images
+from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images, open_probe
 from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
+from pcd_ray.evaluate.segmentation import linear_probe_miou
+from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
 from pcd_ray.seeds import derive_seed
@@ -109,7 +111,7 @@ class _Run:
             self.events.say(f"note: kNN: {line}")
         self.state = self._new_state()
         self._reported_step = -1
-        self._last_knn: dict[str, float] = {}
+        self._last_scores: dict[str, float] = {}
         self._passed_over: tuple[str, ...] = ()
 
     def train(self) -> None:
@@ -139,12 +141,10 @@ class _Run:
     def _after_epoch(self, done: StepDone, epoch: float) -> None:
         assert done.epoch_ended is not None
         ended = done.epoch_ended + 1
-        every = self.config.eval.every_epochs
-        if self.knn_images is not None and every and ended % every == 0:
-            student = self.state.judged
-            average_batchnorm(student)
-            self._last_knn = self._knn(student.backbone)
-            self.events.metrics(done.step, epoch, self._last_knn)
+        scores = self._scores_of_epoch(ended)
+        if scores:
+            self._last_scores |= scores
+            self.events.metrics(done.step, epoch, scores)
         self._checkpoint(done.metrics)
         verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
         if self.place.rank == 0:
@@ -154,6 +154,19 @@ class _Run:
                 if verdict
                 else f"epoch {ended} read: {self.plan.images_per_epoch:,} images, {each}"
             )
+
+    def _scores_of_epoch(self, ended: int) -> dict[str, float]:
+        """Return what the student scores after an epoch (from 1), as asked; a collective."""
+        config, scores = self.config, dict[str, float]()
+        knn_every, probe_every = config.eval.every_epochs, config.eval.probe_every_epochs
+        if knn_every and self.knn_images is not None and ended % knn_every == 0:
+            average_batchnorm(self.state.judged)
+            found = self._knn(self.state.judged.backbone)
+            scores |= {names.KNN_TOP1: found[max(found)], names.KNN1_TOP1: found[1]}
+        if probe_every and ended % probe_every == 0:
+            average_batchnorm(self.state.judged)
+            scores[names.SEGMENTATION_MIOU] = self._probe(self.state.judged.backbone)
+        return scores
 
     def _batches(self) -> Iterator[HostBatch]:
         config = self.config
@@ -293,9 +306,9 @@ class _Run:
                 f"({str(error).splitlines()[0]}); set them back, or choose another run.name"
             ) from error
         self._reported_step = self.state.step
-        self._last_knn = {
+        self._last_scores = {
             name: stored.about["metrics"][name]
-            for name in (names.KNN_TOP1, names.KNN1_TOP1)
+            for name in (names.KNN_TOP1, names.KNN1_TOP1, names.SEGMENTATION_MIOU)
             if name in stored.about["metrics"]
         }
         self._passed_over = tuple(stored.passed_over)
@@ -310,12 +323,9 @@ class _Run:
         known = stored_references(self.folder, self.config) if self.place.rank == 0 else None
         if _from_rank_zero(known) is not None:
             return
-        found = {
-            branch.name: self._knn(branch.teacher.backbone)[names.KNN_TOP1]
-            for branch in self.method.branches
-        }
-        untrained = build_student(self.config, []).backbone.to(self.place.device)
-        found["untrained"] = self._knn(untrained)[names.KNN_TOP1]
+        networks = {branch.name: branch.teacher.backbone for branch in self.method.branches}
+        networks["untrained"] = build_student(self.config, []).backbone.to(self.place.device)
+        found = {name: self._shared_knn(network) for name, network in networks.items()}
         if self.place.rank == 0:
             store_references(self.folder, self.config, found)
             listed = ", ".join(
@@ -323,7 +333,28 @@ class _Run:
             )
             self.events.say(f"kNN top-1: {listed}, untrained student {found['untrained']:.1f}%")
 
-    def _knn(self, network: nn.Module) -> dict[str, float]:
+    def _shared_knn(self, network: nn.Module) -> float:
+        """Return the kNN of a network that training does not change, maybe of another run."""
+        stored = stored_knn(self.config, network) if self.place.rank == 0 else None
+        found: dict[int, float] = _from_rank_zero(stored) or self._knn(network)
+        if self.place.rank == 0 and stored is None:
+            store_knn(self.config, network, found)
+        return found[max(found)]
+
+    def _probe(self, network: nn.Module) -> float:
+        """Return the validation mIoU of a linear probe; rank 0 trains it, the others wait."""
+        miou = None
+        if self.place.rank == 0:
+            data = open_probe(self.config)
+            assert data is not None  # the configuration demands it
+            was_training = network.training
+            result = linear_probe_miou(network.eval(), data, seed=self.config.run.seed)
+            network.train(was_training)
+            miou = result.scores["val"].miou_pct
+        return float(_from_rank_zero(miou))
+
+    def _knn(self, network: nn.Module) -> dict[int, float]:
+        """Return top-1 in percent by number of neighbours; a collective."""
         assert isinstance(self.knn_images, KnnImages)
         was_training = network.training
         scores = knn_scores(
@@ -336,13 +367,12 @@ class _Run:
             gather=_gather_parts,
         )
         network.train(was_training)
-        best = scores[max(scores)]
-        return {names.KNN_TOP1: best, names.KNN1_TOP1: scores[1]}
+        return scores
 
     def _checkpoint(self, metrics: dict[str, float] | None) -> None:
         """Copy the state to the host and let a background thread write it; a collective."""
         state = self.state.state_dict()
-        reported = {**(metrics or {}), **self._last_knn, "step": self.state.step}
+        reported = {**(metrics or {}), **self._last_scores, "step": self.state.step}
         placeholder = upload = None
         if self.place.rank == 0:
             placeholder = RayCheckpoint(tempfile.mkdtemp(prefix="pcd_ray_checkpoint_"))

@@ -10,15 +10,16 @@ from tiny import images
 
 from pcd_ray.config import ExportConfig, config_from_file, option_names
 from pcd_ray.export import export
+from pcd_ray.tune.space import open_space
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    """Return the README's only code block in a language."""
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    return str(found)
+def block(language: str, number: int = 0) -> str:
+    """Return one of the README's code blocks in a language."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return str(found[number])
 
 
 def test_the_three_lines_load_an_exported_student(
@@ -69,3 +70,11 @@ def test_every_file_it_names_is_there() -> None:
 def test_it_is_plain_text() -> None:
     assert README.isascii()
     assert [line for line in README.splitlines() if len(line) > 140] == []
+
+
+def test_the_sweep_that_the_readme_shows_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(block("yaml", 1))
+    config = config_from_file(str(path))
+    assert set(open_space(config).distributions) == set(config.tune.space)
+    assert len(config.tune.space) == 3

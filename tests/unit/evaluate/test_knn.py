@@ -155,7 +155,7 @@ def test_a_label_without_training_images_is_never_right() -> None:
 def test_impossible_numbers_of_neighbours_are_refused(ks: tuple[int, ...]) -> None:
     data = (*_labelled(12, seed=0), *_labelled(4, seed=1))
     with pytest.raises(
-        ConfigError, match=r"k=\[.*\] with 12 training images; use k between 1 and 12"
+        ConfigError, match=r"k=\[.*\] with 12 images that vote; use k between 1 and 12"
     ):
         knn_top1_pct(*data, ks=ks)
 
@@ -173,3 +173,32 @@ def test_an_empty_test_set_is_refused() -> None:
     train, labels = _labelled(4, seed=0)
     with pytest.raises(ShardError, match="0 test images"):
         knn_top1_pct(train, labels, train[:0], labels[:0], ks=[1])
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_leaving_one_out_is_classifying_each_image_by_all_others(k: int) -> None:
+    random = torch.Generator().manual_seed(k)
+    features = torch.randn(20, 5, generator=random)
+    features[7] = features[3]  # two equal images vote for each other
+    labels = torch.randint(0, 4, (20,), generator=random)
+    one_by_one = []
+    for row in range(20):
+        others = torch.arange(20) != row
+        hit = knn_hits(
+            features[others], labels[others], features[row : row + 1], labels[row : row + 1], ks=[k]
+        )
+        one_by_one.append(hit[k])
+    found = knn_hits(features, labels, features, labels, ks=[k], leave_one_out=True)[k]
+    assert found.tolist() == torch.cat(one_by_one).tolist()
+
+
+def test_of_many_equal_images_one_that_is_not_among_its_neighbours_loses_the_farthest() -> None:
+    features, labels = torch.ones(6, 3), torch.tensor([0, 0, 0, 1, 1, 1])
+    found = knn_hits(features, labels, features, labels, ks=[2], leave_one_out=True)[2]
+    assert found.tolist() == [True, True, True, False, False, False]  # the first two others vote
+
+
+def test_an_image_cannot_vote_for_itself() -> None:
+    features, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    with pytest.raises(ConfigError, match="use k between 1 and 2"):
+        knn_hits(features, labels, features, labels, ks=[3], leave_one_out=True)

@@ -1,0 +1,166 @@
+"""Who chooses the next trial, and who stops one: OptunaSearch and Tune's schedulers, resumable."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from ray.tune.search.optuna import OptunaSearch
+
+from pcd_ray import storage
+from pcd_ray.config import Config, TuneConfig
+from pcd_ray.tune.space import Space
+from pcd_ray.tune.study import (
+    ADDED,
+    COST,
+    HISTORY,
+    OVER,
+    REASON,
+    OpenStudy,
+    history_of,
+    new_storage,
+    sampler,
+)
+
+SCORE = "score"
+"""Of a trial's report: ``tune.metric``, in percent."""
+EPOCH = "epoch"
+"""Of a trial's report: epochs done."""
+FINISHED = "finished"
+"""Of a trial's last report: it has trained for all of its epochs and was judged."""
+NUMBER = "number"
+"""Of a trial's parameters: its number in the study."""
+VALUES = "values"
+"""Of a trial's parameters: options' names -> values."""
+_UNSAID = "its process died without a word; it may have run out of memory"
+
+
+class StudySearch(OptunaSearch):
+    """OptunaSearch on a study that outlives its driver.
+
+    Three things differ. Trials that a killed driver left running are handed out first, so that they
+    go on from their checkpoints. Trials that a scheduler stopped are told to Optuna as pruned, not
+    as complete with the score they had so far. Failed ones keep their reason.
+    """
+
+    def __init__(self, opened: OpenStudy, space: Space, config: Config, trials_uri: str) -> None:
+        costs = config.tune.cost != "none"
+        super().__init__(
+            space=space.function or dict(space.distributions),  # type: ignore[arg-type]
+            metric=[SCORE, COST] if costs else SCORE,
+            mode=["max", "min"] if costs else "max",
+            sampler=sampler(config, trials=len(opened.study.get_trials(deepcopy=False))),
+            study_name=opened.study.study_name,
+            storage=new_storage(opened.url),
+        )
+        self._interrupted = [trial.number for trial in opened.trials(TrialState.RUNNING)]
+        self._trials_uri = trials_uri
+        self._several = costs
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Return the next trial's number and values."""
+        if self._interrupted and trial_id not in self._ot_trials:
+            number = self._interrupted.pop(0)
+            stored = self._study.get_trials(deepcopy=False)[number]
+            self._ot_trials[trial_id] = optuna.trial.Trial(self._study, stored._trial_id)
+        values = super().suggest(trial_id) or {}
+        trial = self._ot_trials[trial_id]
+        trial.set_user_attr(ADDED, {n: v for n, v in values.items() if n not in trial.params})
+        return {NUMBER: trial.number, VALUES: values}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Note a score by its epoch."""
+        trial = self._ot_trials[trial_id]
+        history = dict(trial.user_attrs.get(HISTORY, []))
+        known = result[EPOCH] in history
+        history[result[EPOCH]] = result[SCORE]
+        trial.set_user_attr(HISTORY, sorted(history.items()))
+        if not self._several and not known:
+            trial.report(result[SCORE], result[EPOCH])
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the study how a trial ended; one that the driver abandons stays running."""
+        trial = self._ot_trials[trial_id]
+        if error:
+            trial.set_user_attr(REASON, self._reason(trial.number))
+            self._study.tell(trial, state=TrialState.FAIL)
+        elif result and result.get(FINISHED):
+            trial.set_user_attr(COST, result[COST])
+            values = [result[SCORE], result[COST]] if self._several else [result[SCORE]]
+            self._study.tell(trial, values)
+        elif result:
+            self._study.tell(trial, state=TrialState.PRUNED)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing: a sweep goes on from its study, whose URL may hold a password."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the study out, of the copy of the search that Tune writes to disk."""
+        return {}
+
+    @property
+    def _study(self) -> optuna.Study:
+        study = self._ot_study
+        assert isinstance(study, optuna.Study)
+        return study
+
+    def _reason(self, number: int) -> str:
+        uri = reason_file(self._trials_uri, number)
+        return storage.read_text(uri) if storage.exists(uri) else _UNSAID
+
+
+def trial_name(number: int) -> str:
+    """Return the name of a trial's run; names sort as numbers do."""
+    return f"trial_{number:04d}"
+
+
+def reason_file(trials_uri: str, number: int) -> str:
+    """Return the URI of the file in which a failing trial says why."""
+    return storage.join(trials_uri, trial_name(number), "failure.txt")
+
+
+def stopping_rule(config: Config, opened: OpenStudy) -> TrialScheduler:
+    """Return what stops trials early; it has seen the scores of all trials that are over."""
+    rule = _new_rule(config)
+    if type(rule) is FIFOScheduler:
+        return rule
+    for trial in opened.trials(*OVER):
+        past: Any = _Past(f"past_{trial.number}")
+        rule.on_trial_add(None, past)  # type: ignore[arg-type]
+        for epoch, score in sorted(history_of(trial).items()):
+            rule.on_trial_result(None, past, {EPOCH: epoch, SCORE: score})  # type: ignore[arg-type]
+    return rule
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """A trial of an earlier sitting, as far as a scheduler needs to know it."""
+
+    trial_id: str
+
+
+def _new_rule(config: Config) -> TrialScheduler:
+    options: TuneConfig = config.tune
+    if options.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr=EPOCH,
+            metric=SCORE,
+            mode="max",
+            max_t=max(config.train.epochs, options.grace_epochs),
+            grace_period=options.grace_epochs,
+            reduction_factor=options.reduction_factor,
+            stop_last_trials=False,  # the last epoch's trials are still to be judged
+        )
+    if options.scheduler == "median":
+        return MedianStoppingRule(
+            time_attr=EPOCH, metric=SCORE, mode="max", grace_period=options.grace_epochs
+        )
+    return FIFOScheduler()  # type: ignore[no-untyped-call]

@@ -1,0 +1,233 @@
+"""A sweep: trials on the cluster, the best one as a file.
+
+Trials are runs in ``FOLDER/trials``, remembered by the Optuna study. Giving the same command again
+runs what is left: trials that are over stay, interrupted ones go on from their checkpoints.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from ray import tune
+
+from pcd_ray import storage
+from pcd_ray.checkpoint import RunFolder
+from pcd_ray.config import Config, config_to_values, to_yaml, with_values
+from pcd_ray.errors import ClusterError, ConfigError
+from pcd_ray.ray_cluster import ClusterResources, connect
+from pcd_ray.train.ray_launch import dry_run
+from pcd_ray.tune.ray_progress import Progress
+from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule, trial_name
+from pcd_ray.tune.ray_trial import run_trial
+from pcd_ray.tune.records import (
+    TrialRecord,
+    best_trial,
+    best_yaml,
+    records_of,
+    trade_offs,
+    trial_values,
+    trials_csv,
+)
+from pcd_ray.tune.space import Space, open_space
+from pcd_ray.tune.study import OVER, OpenStudy, open_study
+from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
+
+_OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
+_DRIVER_CPUS = 0.01  # a trial's own process waits for its workers
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """A sweep, finished or as far as it is."""
+
+    path: str
+    """Its folder."""
+    best_config: str
+    """``best.yaml``; empty: no trial has finished."""
+    best: Mapping[str, Any]
+    """Number, score and varied options of the best trial."""
+    trade_offs: list[int]
+    """Trials that no other beats in score and in cost; empty without ``tune.cost``."""
+    study: str
+    """Optuna storage URL, for Optuna's dashboard; passwords are masked."""
+    trials: list[TrialRecord] = field(repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the command prints."""
+        rows = [_printed(record) for record in self.trials]
+        columns = dict.fromkeys(name for row in rows for name in row)
+        return {
+            "trials": [{name: row.get(name, "-") for name in columns} for row in rows],
+            "path": self.path,
+            "best_config": self.best_config,
+            "best": dict(self.best),
+            "trade_offs": self.trade_offs,
+            "report": storage.join(self.path, "report.html"),
+            "study": self.study,
+        }
+
+
+def sweep(config: Config) -> SweepResult:
+    """Search ``tune.space``, or go on with the sweep of this name.
+
+    Raises:
+        PcdError: what is wrong with the space, the settings, the data or the cluster, before any
+            trial starts. A trial that fails later is recorded with its reason and stops nothing.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = open_space(config)
+    _check_scores(config)
+    folder = RunFolder.of(config)
+    storage.check_writable(folder.uri)
+    opened = open_study(config, space, folder)
+    left = config.tune.trials - len(opened.trials(*OVER))
+    if left > 0:
+        storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
+        _run(config, space, folder, opened, left)
+    return write_records(config, folder, opened)
+
+
+def write_records(config: Config, folder: RunFolder, opened: OpenStudy) -> SweepResult:
+    """Write ``trials.csv``, ``best.yaml`` and ``report.html`` of what the study holds."""
+    records = records_of(opened)
+    storage.write_text(folder.file("trials.csv"), trials_csv(records))
+    best = best_trial(opened)
+    if best is not None:
+        text = best_yaml(_without_secrets(config), best, unit=UNITS[config.tune.metric])
+        storage.write_text(folder.file("best.yaml"), text)
+    write_sweep_report(folder, _without_secrets(config), opened, records)
+    return SweepResult(
+        path=folder.uri,
+        best_config=folder.file("best.yaml") if best else "",
+        best={"trial": best.number, "score": best.values[0], **trial_values(best)} if best else {},
+        trade_offs=[] if config.tune.cost == "none" else trade_offs(opened),
+        study=opened.shown_url,
+        trials=records,
+    )
+
+
+def trials_at_a_time(config: Config, have: ClusterResources, *, device: str) -> int:
+    """Return how many trials run at once.
+
+    Raises:
+        ClusterError: ``tune.max_concurrent`` trials need more than the cluster has.
+    """
+    workers, asked = config.train.num_workers, config.tune.max_concurrent
+    if device == "cuda":
+        fitting = int(have.gpus // workers)
+        needs = f"{workers} GPUs each (train.num_workers), the cluster has {have.gpus:g}"
+    else:
+        per_trial = workers * max(config.train.cpus_per_worker, 1) + config.data.cpus_per_task
+        fitting = max(1, int(have.cpus // per_trial))
+        needs = f"{per_trial:g} CPUs each, the cluster has {have.cpus:g}"
+    if asked > fitting:
+        raise ClusterError(
+            f"tune.max_concurrent={asked} trials need {needs}; use at most {fitting}, or 0"
+        )
+    return asked or (fitting if device == "cuda" else 1)
+
+
+def places_of(
+    config: Config, folder: RunFolder, have: ClusterResources, many: int
+) -> dict[str, Any]:
+    """Return the options that a sweep sets for all of its trials: what they share and may use."""
+    places: dict[str, Any] = {"eval.pictures": False}
+    if not config.eval.references:
+        places["eval.references"] = folder.file("references")
+    if many > 1 and not config.train.threads_per_worker:
+        cores = have.cpus / max(1, have.nodes)
+        share = cores / -(-many * config.train.num_workers // max(1, have.nodes))
+        places["train.threads_per_worker"] = max(1, int(share))
+    return places
+
+
+def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, left: int) -> None:
+    """Run the trials that are left.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
+    """
+    have = connect()
+    device = dry_run(config).device  # refuses what no trial could run with
+    many = trials_at_a_time(config, have, device=device)
+    trials_uri = folder.file("trials")
+    progress = Progress(config, opened, lambda: write_records(config, folder, opened))
+    progress.begin(space, at_a_time=many, left=left)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # trials write their own metrics, and Progress says what a user needs to know
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    trial = tune.with_parameters(
+        run_trial,
+        base=config_to_values(_without_secrets(config)),
+        trials_uri=trials_uri,
+        places=places_of(config, folder, have, many),
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"CPU": _DRIVER_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=StudySearch(opened, space, config, trials_uri),
+            scheduler=stopping_rule(config, opened),
+            num_samples=left,
+            max_concurrent_trials=many,
+            trial_dirname_creator=_folder_of,
+        ),
+        run_config=tune.RunConfig(
+            name=_OF_TUNE, storage_path=folder.uri, callbacks=[progress], verbose=0
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        storage.delete_folder(folder.file(_OF_TUNE))
+    if opened.trials(TrialState.RUNNING):
+        raise KeyboardInterrupt
+
+
+def _folder_of(trial: Any) -> str:
+    return trial_name(trial.config[NUMBER])
+
+
+def _check_scores(config: Config) -> None:
+    """Refuse a metric that no trial would report."""
+    metric, judged = config.tune.metric, config.eval
+    if metric == "knn_top1" and not judged.knn_train:
+        raise ConfigError(
+            "tune.metric=knn_top1, but eval.knn_train is empty: no trial would report it; give "
+            "labelled images in eval.knn_train and eval.knn_test (the same ones: leave one out)"
+        )
+    if metric == "segmentation_miou" and not judged.segmentation:
+        raise ConfigError(
+            "tune.metric=segmentation_miou, but eval.segmentation is empty: no trial would report "
+            "it; give a labelled segmentation set"
+        )
+    option = "every_epochs" if metric == "knn_top1" else "probe_every_epochs"
+    if config.tune.scheduler != "none" and not getattr(judged, option):
+        raise ConfigError(
+            f"tune.scheduler={config.tune.scheduler} stops trials by their scores while they "
+            f"train, but eval.{option}=0; set it to 1, or tune.scheduler=none"
+        )
+    if config.tune.scheduler != "none" and config.tune.grace_epochs > config.train.epochs:
+        raise ConfigError(
+            f"tune.grace_epochs={config.tune.grace_epochs} is above train.epochs="
+            f"{config.train.epochs}; use less"
+        )
+
+
+def _without_secrets(config: Config) -> Config:
+    """Return the configuration without the study's URL, which may hold a password."""
+    return with_values(config, {"tune.storage": ""})
+
+
+def _printed(record: TrialRecord) -> dict[str, Any]:
+    score = "-" if record.score is None else f"{record.score:.1f}"
+    values = {
+        name: f"{value:.4g}" if isinstance(value, float) else value
+        for name, value in record.values.items()
+    }
+    cost = {} if record.cost is None else {"cost": f"{record.cost:g}"}
+    row = {"trial": str(record.number), "state": record.state, "score": score, **cost}
+    return {**row, "epochs": record.epochs, **values}

@@ -1,0 +1,283 @@
+"""The search space: a trial is a configuration in which some options have other values.
+
+Names are options' dotted paths, so that the best trial is a YAML file. Everything that can be known
+to be wrong is refused before a trial starts: each value that a range ends at or a list holds is
+tried alone, and combinations are drawn at random.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
+
+from pcd_ray.config import Config, nearest_option, option_names, option_value, with_values
+from pcd_ray.errors import ConfigError
+from pcd_ray.tune.space_function import SpaceFunction, load_function, source_of, values_of
+
+Values = dict[str, Any]
+"""Options' dotted names -> their values in a trial."""
+
+_RULES = ("uniform", "log", "choice")
+_DRAWS = 64  # combinations tried before a sweep starts
+_SETTLED = {
+    "run": "says where the sweep lives",
+    "tune": "is the search itself",
+    "data": "is the same for all trials",
+    "eval": "says how trials are judged, which must be the same for all",
+    "export": "is no part of training",
+    "train.num_workers": "is what a trial costs the cluster, the same for all",
+    "train.device": "is what a trial costs the cluster, the same for all",
+}
+_FORM = "write {log: [low, high]}, {uniform: [low, high]} or {choice: [a, b]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A search space that has been checked against the configuration that it varies."""
+
+    distributions: Mapping[str, BaseDistribution]
+    """Option -> where its values come from; of a function what it was seen to ask for."""
+    function: SpaceFunction | None
+    """Asks for the values itself; None: all ``distributions`` are asked for."""
+    sha256: str
+    """By which a changed space is noticed."""
+
+    def own_values(self, config: Config) -> Values:
+        """Return the values that a configuration has, of the options that could take them."""
+        own = {name: option_value(config, name) for name in self.distributions}
+        return {n: v for n, v in own.items() if _holds(self.distributions[n], v)}
+
+    def example(self) -> dict[str, str]:
+        """Return each option's range in words."""
+        return {name: in_words(each) for name, each in self.distributions.items()}
+
+
+def open_space(config: Config) -> Space:
+    """Return the space of ``tune.space`` or ``tune.space_function``, checked.
+
+    Raises:
+        ConfigError: all that is wrong with it: it is empty, an option is unknown or settled, a
+            range is contradictory, a value is refused by the option itself, or all of the
+            combinations that were drawn are.
+    """
+    if config.tune.space_function:
+        function = load_function(config.tune.space_function)
+        space = Space(_asked_for(function), function, _sha256(source_of(function)))
+        _check_names(space.distributions, config)
+    else:
+        distributions = _distributions(config)
+        story = {name: distribution_to_json(each) for name, each in sorted(distributions.items())}
+        space = Space(distributions, None, _sha256(json.dumps(story)))
+    _check_combinations(space, config)
+    return space
+
+
+def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the configuration of a trial.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
+    return with_values(config, values)
+
+
+def in_words(distribution: BaseDistribution) -> str:
+    """Return a range as a reader knows it, e.g. ``0.03 .. 0.5 (log)``."""
+    if isinstance(distribution, CategoricalDistribution):
+        return " | ".join(map(str, distribution.choices))
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return f"{distribution.low:g} .. {distribution.high:g}" + " (log)" * distribution.log
+
+
+def _distributions(config: Config) -> dict[str, BaseDistribution]:
+    given = dict(_flat(config.tune.space))
+    if not given:
+        raise ConfigError(
+            "tune.space is empty; say what to vary, e.g. tune.space: {loss.temperature: "
+            "{log: [0.03, 0.5]}}, or give tune.space_function"
+        )
+    _check_names(given, config)
+    problems, found = [], {}
+    for name, rule in given.items():
+        try:
+            found[name] = _distribution(name, rule, option_value(config, name))
+            _check_values(name, found[name], config)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
+def _flat(space: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (option, rule) pairs; options may be written as paths or as nested sections."""
+    pairs = []
+    for name, rule in space.items():
+        nested = isinstance(rule, Mapping) and rule and not set(rule) & {*_RULES, "step"}
+        pairs += _flat(rule, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", rule)]
+    return pairs
+
+
+def _check_names(given: Mapping[str, Any], config: Config) -> None:
+    known, problems = set(option_names()), []
+    for name in given:
+        section = name.partition(".")[0]
+        reason = _SETTLED.get(name) or _SETTLED.get(section)
+        if name not in known:
+            problems.append(f"tune.space: {name}: unknown option{nearest_option(name)}")
+        elif reason:
+            problems.append(f"tune.space: {name} {reason}; leave it out")
+        elif section == "teacher_2" and config.teacher_2 is None:
+            problems.append(f"tune.space: {name}: there is no second teacher; give teacher_2")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _distribution(name: str, rule: Any, own: Any) -> BaseDistribution:
+    """Turn ``{log: [0.03, 0.5]}`` and the like into Optuna's words."""
+    kinds = [kind for kind in _RULES if isinstance(rule, Mapping) and kind in rule]
+    if len(kinds) != 1 or set(rule) - {*kinds, "step"}:
+        raise ConfigError(f"tune.space: {name}: got {rule!r}; {_FORM}")
+    kind = kinds[0]
+    if kind == "choice":
+        return _choice(name, rule)
+    ends = _ends(name, kind, rule[kind])
+    if isinstance(own, bool) or not isinstance(own, int | float):
+        raise ConfigError(f"tune.space: {name}={own!r} is no number; write {{choice: [a, b]}}")
+    step = rule.get("step")
+    whole = isinstance(own, int)
+    if step is not None and (kind == "log" or not _is_number(step, whole) or step <= 0):
+        raise ConfigError(
+            f"tune.space: {name}: step={step!r}; give a {'whole ' * whole}number > 0 with uniform"
+        )
+    if whole and not all(_is_number(end, whole=True) for end in ends):
+        raise ConfigError(f"tune.space: {name}: {kind}={list(ends)}; it takes whole numbers")
+    if whole:
+        return IntDistribution(int(ends[0]), int(ends[1]), log=kind == "log", step=step or 1)
+    return FloatDistribution(float(ends[0]), float(ends[1]), log=kind == "log", step=step)
+
+
+def _ends(name: str, kind: str, given: Any) -> tuple[float, float]:
+    right = isinstance(given, Sequence) and len(given) == 2 and all(map(_is_number, given))
+    if not right or not given[0] < given[1] or (kind == "log" and given[0] <= 0):
+        wanted = "0 < low < high" if kind == "log" else "low < high"
+        raise ConfigError(f"tune.space: {name}: {kind}={given!r}; give [low, high] with {wanted}")
+    return given[0], given[1]
+
+
+def _choice(name: str, rule: Mapping[str, Any]) -> CategoricalDistribution:
+    values = rule["choice"]
+    plain = isinstance(values, list | tuple) and all(
+        value is None or isinstance(value, bool | int | float | str) for value in values
+    )
+    if "step" in rule or not plain or len({repr(value) for value in values}) < 2:
+        raise ConfigError(
+            f"tune.space: {name}: choice={values!r}; give a list of two or more numbers or words"
+        )
+    if len({repr(value) for value in values}) < len(values):
+        raise ConfigError(f"tune.space: {name}: choice={values!r} names a value twice")
+    return CategoricalDistribution(values)
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    kinds = int if whole else int | float
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _check_values(name: str, distribution: BaseDistribution, config: Config) -> None:
+    """Try each choice, or both ends, in the configuration as it is otherwise."""
+    if isinstance(distribution, CategoricalDistribution):
+        values: Sequence[Any] = distribution.choices
+    else:
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        values = (distribution.low, distribution.high)
+    for value in values:
+        try:
+            with_values(config, {name: value})
+        except ConfigError as error:
+            raise ConfigError(f"tune.space: {name}: {error}") from error
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    """Say whether a trial could be given this value."""
+    if isinstance(distribution, CategoricalDistribution):
+        return any(value == c and type(value) is type(c) for c in distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    if not _is_number(value) or not distribution.low <= value <= distribution.high:
+        return False
+    steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
+    return bool(abs(steps - round(steps)) < 1e-9)
+
+
+def _check_combinations(space: Space, config: Config) -> None:
+    """Refuse a space none of whose combinations is a configuration."""
+    refused: list[str] = []
+    study = _throwaway_study()
+    for _ in range(_DRAWS):
+        try:
+            trial_config(config, drawn(space, study.ask()))
+        except ConfigError as error:
+            refused.append(str(error))
+    if len(refused) == _DRAWS:
+        raise ConfigError(
+            f"tune.space is contradictory: none of {_DRAWS} combinations of it is a configuration; "
+            f"the first one's trouble: {refused[0]}"
+        )
+
+
+def drawn(space: Space, trial: optuna.trial.Trial) -> Values:
+    """Return the values of a trial, as the study's sampler chooses them.
+
+    Raises:
+        ConfigError: the space function fails, or what it returns is no mapping of options.
+    """
+    if space.function is None:
+        return {name: _suggested(trial, name, d) for name, d in space.distributions.items()}
+    return values_of(space.function, trial)
+
+
+def _suggested(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(
+            name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+        )
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(
+        name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+    )
+
+
+def _throwaway_study() -> optuna.Study:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+
+
+def _asked_for(function: SpaceFunction) -> dict[str, BaseDistribution]:
+    """Return what a function asks for in some trials, conditions included."""
+    study = _throwaway_study()
+    found: dict[str, BaseDistribution] = {}
+    for _ in range(_DRAWS):
+        trial = study.ask()
+        added = set(values_of(function, trial)) - set(trial.params)
+        found |= trial.distributions
+        found |= {name: CategoricalDistribution((None,)) for name in added - set(found)}
+    if not found:
+        raise ConfigError(
+            "tune.space_function asks its trial for nothing; call trial.suggest_float and the like"
+        )
+    return found
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

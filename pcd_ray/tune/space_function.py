@@ -1,0 +1,65 @@
+"""A search space with conditions: a user's function that asks an Optuna trial for values."""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pcd_ray.errors import ConfigError
+
+SpaceFunction = Callable[[Any], Mapping[str, Any] | None]
+"""Given an Optuna trial; may return options that it sets without asking."""
+
+
+def load_function(name: str) -> SpaceFunction:
+    """Return the function of ``tune.space_function``.
+
+    Raises:
+        ConfigError: the file, the module or the name is not there, or is no function.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function: SpaceFunction = getattr(module, attribute)
+    except Exception as error:
+        raise ConfigError(
+            f"tune.space_function={name!r} cannot be loaded ({type(error).__name__}: {error}); "
+            "give FILE.py:NAME or MODULE:NAME"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"tune.space_function={name!r} is no function; give one")
+    return function
+
+
+def source_of(function: SpaceFunction) -> str:
+    """Return a function's text, by which a changed one is noticed."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return repr(function)
+
+
+def values_of(function: SpaceFunction, trial: Any) -> dict[str, Any]:
+    """Return what a space function asks a trial for and what it adds.
+
+    Raises:
+        ConfigError: it fails, or returns no mapping.
+    """
+    try:
+        added = function(trial)
+    except Exception as error:
+        raise ConfigError(
+            f"tune.space_function fails with {type(error).__name__}: {error}; mend the function"
+        ) from error
+    if added is not None and not isinstance(added, Mapping):
+        raise ConfigError(f"tune.space_function returns {added!r}; return a mapping, or None")
+    return {**trial.params, **(added or {})}

@@ -1,0 +1,183 @@
+"""The Optuna study of a sweep: what was tried, how it went, what may go on.
+
+The study is the sweep's memory. It outlives the driver, in SQLite in the sweep's folder or wherever
+``tune.storage`` says, and Optuna's own dashboard reads it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from pcd_ray import storage
+from pcd_ray.checkpoint import RunFolder
+from pcd_ray.config import (
+    Config,
+    TuneConfig,
+    changed_options,
+    config_from_values,
+    config_to_values,
+    option_names,
+    option_value,
+)
+from pcd_ray.errors import ConfigError
+from pcd_ray.seeds import derive_seed
+from pcd_ray.tune.space import Space
+
+OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+"""States of trials that are not run again."""
+HISTORY = "history"
+"""User attribute: [[epoch, score], ...]."""
+REASON = "reason"
+"""User attribute of a failed trial: why."""
+COST = "cost"
+"""User attribute: what the trial cost, in the unit of ``tune.cost``."""
+ADDED = "added"
+"""User attribute: options that a space function set without asking for them."""
+_SWEEP = "sweep"  # user attribute of the study: what it is a study of
+_SAME_FOR_ALL = ("space", "space_function", "metric", "cost")  # of tune: scores compare only so
+_FREE_EVAL = ("eval.pictures", "eval.pixel", "eval.out", "eval.references", "eval.seeds")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStudy:
+    """A study and where it is stored."""
+
+    study: optuna.Study
+    url: str
+    """Its Optuna storage, with any password."""
+
+    @property
+    def shown_url(self) -> str:
+        """The storage as it may be printed."""
+        password = urlsplit(self.url).password
+        return self.url.replace(f":{password}@", ":***@") if password else self.url
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the trials in some states, or all, by number."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+
+def open_study(config: Config, space: Space, folder: RunFolder) -> OpenStudy:
+    """Return the sweep's study, new or as it was left.
+
+    Raises:
+        ConfigError: the study is one of another space or of other settings; or it should be a
+            SQLite file in a bucket.
+    """
+    url = _url(config, folder)
+    study = optuna.create_study(
+        storage=_storage(url),
+        study_name=config.run.name,
+        directions=directions(config.tune),
+        sampler=sampler(config),
+        load_if_exists=True,
+    )
+    opened = OpenStudy(study, url)
+    stored = study.user_attrs.get(_SWEEP)
+    if stored is None and study.get_trials(deepcopy=False):
+        raise ConfigError(
+            f"{opened.shown_url} holds a study {config.run.name!r} that pcd-ray did not begin; "
+            "choose another run.name"
+        )
+    if stored is None:
+        _begin(study, config, space)
+    else:
+        _refuse_changes(json.loads(stored), config, space, folder)
+    return opened
+
+
+def directions(tune: TuneConfig) -> list[Literal["maximize", "minimize"]]:
+    """Return Optuna's directions: the score is to be high, the cost low."""
+    return ["maximize"] if tune.cost == "none" else ["maximize", "minimize"]
+
+
+def sampler(config: Config, *, trials: int = 0) -> optuna.samplers.BaseSampler:
+    """Return what chooses values; trials that run count as bad, so that others look elsewhere.
+
+    Args:
+        config: the sweep.
+        trials: how many the study has: a later sitting must not draw the first one's values again.
+    """
+    seed = derive_seed(config.run.seed, "sampler", trials) % 2**32
+    if config.tune.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=config.tune.random_trials,
+        constant_liar=True,
+    )
+
+
+def new_storage(url: str) -> optuna.storages.BaseStorage:
+    """Return a connection to a study's storage, for another user of it."""
+    return _storage(url)
+
+
+def history_of(trial: FrozenTrial) -> dict[int, float]:
+    """Return a trial's scores by epoch."""
+    return {int(epoch): score for epoch, score in trial.user_attrs.get(HISTORY, [])}
+
+
+def _url(config: Config, folder: RunFolder) -> str:
+    if config.tune.storage:
+        return config.tune.storage
+    if storage.is_remote(folder.uri):
+        raise ConfigError(
+            f"run.root={config.run.root} is a bucket, where SQLite cannot live; give tune.storage, "
+            "an Optuna storage URL such as postgresql://..., or a local run.root"
+        )
+    os.makedirs(folder.uri, exist_ok=True)
+    return f"sqlite:///{folder.file('study.db')}"
+
+
+def _storage(url: str) -> optuna.storages.BaseStorage:
+    try:
+        patient = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+        return optuna.storages.RDBStorage(url, engine_kwargs=patient)
+    except Exception as error:  # of SQLAlchemy and of each database's own driver
+        shown = url.partition("://")[0] + "://..."  # what follows may hold a password
+        raise ConfigError(
+            f"tune.storage={shown} cannot be opened ({type(error).__name__}); give an Optuna "
+            "storage URL, install its driver, or leave it empty for SQLite in the sweep's folder"
+        ) from error
+
+
+def _begin(study: optuna.Study, config: Config, space: Space) -> None:
+    study.set_user_attr(_SWEEP, json.dumps(_story(config, space)))
+    if config.tune.own_values_first:
+        study.enqueue_trial(space.own_values(config))
+
+
+def _story(config: Config, space: Space) -> dict[str, Any]:
+    values = config_to_values(config)
+    values["tune"]["storage"] = ""  # a place, maybe with a password
+    return {"space_sha256": space.sha256, "config": values}
+
+
+def _refuse_changes(
+    stored: Mapping[str, Any], config: Config, space: Space, folder: RunFolder
+) -> None:
+    before = config_from_values(stored["config"])
+    changes = changed_options(before, config)
+    if stored["space_sha256"] != space.sha256:
+        changes.append("tune.space: other options or ranges")
+    for name in option_names():
+        section, _, option = name.rpartition(".")
+        judged = name.startswith("eval.") and name not in _FREE_EVAL
+        if not judged and not (section == "tune" and option in _SAME_FOR_ALL[2:]):
+            continue
+        old, new = option_value(before, name), option_value(config, name)
+        if old != new:
+            changes.append(f"{name}: {old!r} -> {new!r}")
+    if changes:
+        listed = "\n  ".join(changes)
+        raise ConfigError(
+            f"{folder.uri} holds a sweep with other settings, whose trials would not compare:\n"
+            f"  {listed}\nchoose another run.name, or set these back"
+        )

@@ -1,0 +1,172 @@
+"""The space is checked before a trial starts; a trial is the configuration with other values."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from tiny import tiny_config
+
+from pcd_ray.config import Config, option_value
+from pcd_ray.errors import ConfigError
+from pcd_ray.tune.space import drawn, in_words, open_space, trial_config
+
+SPACE: dict[str, Any] = {
+    "loss.temperature": {"log": [0.03, 0.5]},
+    "loss.queue_size": {"log": [16, 256]},
+    "student.mhsa.depth": {"choice": [0, 1, 2]},
+    "teacher.adaptor.rule": {"choice": ["gate", "tangent", "naive"]},
+    "student.ema": {"uniform": [0.0, 0.9], "step": 0.3},
+}
+
+
+def searching(space: Any = None, **sections: Any) -> Config:
+    return tiny_config(tune={"space": SPACE if space is None else space}, **sections)
+
+
+def test_every_combination_is_a_configuration_with_these_values_and_no_other_change() -> None:
+    config = searching()
+    space = open_space(config)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    seen: dict[str, set[Any]] = {name: set() for name in SPACE}
+    for _ in range(60):
+        values = drawn(space, study.ask())
+        trial = trial_config(config, values)
+        for name, value in values.items():
+            seen[name].add(value)
+            assert option_value(trial, name) == value
+        assert trial_config(trial, {n: option_value(config, n) for n in values}) == config
+    assert seen["student.mhsa.depth"] == {0, 1, 2}
+    assert seen["teacher.adaptor.rule"] == {"gate", "tangent", "naive"}
+    assert {round(value, 9) for value in seen["student.ema"]} == {0.0, 0.3, 0.6, 0.9}
+    assert all(isinstance(value, int) and 16 <= value <= 256 for value in seen["loss.queue_size"])
+    assert min(seen["loss.temperature"]) < 0.1 < 0.25 < max(seen["loss.temperature"])
+
+
+def test_options_may_be_written_as_sections() -> None:
+    nested = {"loss": {"temperature": {"log": [0.03, 0.5]}}}
+    flat = {"loss.temperature": {"log": [0.03, 0.5]}}
+    assert open_space(searching(nested)).sha256 == open_space(searching(flat)).sha256
+    assert open_space(searching(flat)).sha256 != open_space(searching()).sha256
+
+
+def test_own_values_are_those_that_a_trial_could_have() -> None:
+    own = open_space(searching(loss={"temperature": 0.9, "queue_size": 64})).own_values
+    config = searching(loss={"temperature": 0.9, "queue_size": 64}, student={"ema": 0.5})
+    assert own(config) == {
+        "loss.queue_size": 64,
+        "student.mhsa.depth": 1,
+        "teacher.adaptor.rule": "gate",
+    }
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "tune.space is empty"),
+        ({"loss.temprature": {"log": [0.1, 1]}}, "did you mean loss.temperature"),
+        ({"loss.temperature": {"log": [0.5, 0.03]}}, r"log=\[0.5, 0.03\].*0 < low < high"),
+        ({"loss.temperature": {"log": [0, 1]}}, "0 < low < high"),
+        ({"loss.temperature": {"uniform": [0.1]}}, r"uniform=\[0.1\].*low < high"),
+        ({"loss.temperature": {"uniform": [-1, 1]}}, "loss.temperature must be > 0, got -1"),
+        ({"loss.temperature": 0.1}, r"got 0.1; write \{log"),
+        ({"loss.temperature": {"log": [0.1, 1], "choice": [1, 2]}}, "write {log"),
+        ({"loss.temperature": {"log": [0.1, 1], "step": 0.1}}, "step=0.1"),
+        ({"loss.queue_size": {"uniform": [1.5, 3]}}, "takes whole numbers"),
+        ({"student.mhsa.depth": {"choice": [1]}}, "two or more"),
+        ({"student.mhsa.depth": {"choice": [1, 1]}}, "two or more"),
+        ({"student.mhsa.depth": {"choice": [0, 1, 1]}}, "names a value twice"),
+        ({"student.mhsa.depth": {"choice": [0, -1]}}, "student.mhsa.depth must be >= 0, got -1"),
+        ({"teacher.adaptor.rule": {"choice": ["gate", "tangnt"]}}, "did you mean 'tangent'"),
+        ({"teacher.adaptor.rule": {"uniform": [0, 1]}}, r"is no number; write \{choice"),
+        ({"run.seed": {"choice": [0, 1]}}, "run.seed says where the sweep lives"),
+        ({"eval.knn_k": {"choice": [1, 5]}}, "the same for all"),
+        ({"train.num_workers": {"choice": [1, 2]}}, "costs the cluster"),
+        ({"teacher_2.weight": {"uniform": [0.1, 1]}}, "no second teacher"),
+        ({"tune.trials": {"choice": [1, 2]}}, "is the search itself"),
+    ],
+)
+def test_a_wrong_space_is_refused_with_its_option_and_the_fix(space: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_space(searching(space))
+
+
+def test_all_wrong_options_are_named_at_once() -> None:
+    wrong = {"loss.temprature": {"log": [0.1, 1]}, "losss.queue_size": {"choice": [1, 2]}}
+    with pytest.raises(ConfigError) as error:
+        open_space(searching(wrong))
+    assert str(error.value).count("unknown option") == 2
+
+
+def test_values_that_never_go_together_are_a_contradiction() -> None:
+    space = {  # each is right alone: 8 images split into 4 and 8 parts, 6 and 10 into one
+        "train.global_batch_size": {"choice": [6, 10]},
+        "train.accumulation_steps": {"choice": [4, 8]},
+    }
+    with pytest.raises(ConfigError, match=r"contradictory.*does not split"):
+        open_space(searching(space))
+
+
+FUNCTION = """
+def space(trial):
+    depth = trial.suggest_int("student.mhsa.depth", 0, 2)
+    if depth:
+        trial.suggest_categorical("student.mhsa.heads", [4, 8])
+    return {"loss.queue_size": 128}
+
+def silent(trial):
+    pass
+
+def broken(trial):
+    return trial.nothing
+
+def wrong(trial):
+    trial.suggest_float("loss.temprature", 0.1, 0.2)
+"""
+
+
+@pytest.fixture
+def function_file(tmp_path: Path) -> str:
+    path = tmp_path / "my_space.py"
+    path.write_text(FUNCTION)
+    return str(path)
+
+
+def test_a_function_may_ask_on_conditions_and_set_options(function_file: str) -> None:
+    config = tiny_config(tune={"space_function": f"{function_file}:space"})
+    space = open_space(config)
+    assert set(space.distributions) == {
+        "student.mhsa.depth",
+        "student.mhsa.heads",
+        "loss.queue_size",
+    }
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        values = drawn(space, study.ask())
+        assert ("student.mhsa.heads" in values) == (values["student.mhsa.depth"] > 0)
+        assert trial_config(config, values).loss.queue_size == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("silent", "asks its trial for nothing"),
+        ("broken", "fails with AttributeError"),
+        ("wrong", "did you mean loss.temperature"),
+        ("absent", "cannot be loaded"),
+    ],
+)
+def test_a_wrong_function_is_refused(function_file: str, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_space(tiny_config(tune={"space_function": f"{function_file}:{name}"}))
+
+
+def test_a_space_and_a_function_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"tune\.space_function"):
+        tiny_config(tune={"space": SPACE, "space_function": "a.py:b"})
+
+
+def test_ranges_in_words() -> None:
+    words = {n: in_words(d) for n, d in open_space(searching()).distributions.items()}
+    assert words["loss.temperature"] == "0.03 .. 0.5 (log)"
+    assert words["teacher.adaptor.rule"] == "gate | tangent | naive"

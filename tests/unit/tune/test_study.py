@@ -1,0 +1,236 @@
+"""A study outlives its driver: what is over stays, what ran goes on, what differs is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from tiny import tiny_config
+
+from pcd_ray.checkpoint import RunFolder
+from pcd_ray.config import Config, config_from_file, option_value
+from pcd_ray.errors import ConfigError
+from pcd_ray.tune.ray_search import (
+    EPOCH,
+    FINISHED,
+    NUMBER,
+    SCORE,
+    VALUES,
+    StudySearch,
+    reason_file,
+    stopping_rule,
+)
+from pcd_ray.tune.records import best_config, best_trial, best_yaml, records_of, trials_csv
+from pcd_ray.tune.space import open_space
+from pcd_ray.tune.study import COST, OpenStudy, history_of, open_study
+
+SPACE = {"loss.temperature": {"log": [0.03, 0.5]}, "student.mhsa.depth": {"choice": [0, 1, 2]}}
+
+
+def searching(root: Path, **tune: Any) -> Config:
+    return tiny_config(
+        run={"root": str(root), "name": "sweep"},
+        tune={"space": SPACE, "scheduler": "asha", "reduction_factor": 2, **tune},
+        train={"epochs": 4},
+    )
+
+
+def opened(config: Config) -> OpenStudy:
+    return open_study(config, open_space(config), RunFolder.of(config))
+
+
+def search(config: Config) -> StudySearch:
+    folder = RunFolder.of(config)
+    return StudySearch(opened(config), open_space(config), config, folder.file("trials"))
+
+
+def report(score: float, epoch: int, **more: Any) -> dict[str, Any]:
+    return {SCORE: score, EPOCH: epoch, **more}
+
+
+def finish(searcher: StudySearch, trial_id: str, score: float, cost: float = 1.0) -> None:
+    searcher.suggest(trial_id)
+    searcher.on_trial_result(trial_id, report(score, 4))
+    searcher.on_trial_complete(trial_id, report(score, 4, **{FINISHED: True, COST: cost}))
+
+
+def test_the_first_trial_has_the_values_of_the_configuration(tmp_path: Path) -> None:
+    config = searching(tmp_path)
+    first = search(config).suggest("a")
+    assert first is not None
+    assert first[NUMBER] == 0
+    assert first[VALUES] == {n: option_value(config, n) for n in SPACE}
+
+
+def test_without_own_values_the_first_trial_is_drawn(tmp_path: Path) -> None:
+    first = search(searching(tmp_path, own_values_first=False)).suggest("a")
+    assert first is not None
+    assert first[VALUES]["loss.temperature"] != 0.2
+
+
+def test_trials_end_finished_stopped_or_failed(tmp_path: Path) -> None:
+    config = searching(tmp_path)
+    searcher = search(config)
+    finish(searcher, "a", 50.0)
+    searcher.suggest("b")
+    searcher.on_trial_result("b", report(10.0, 1))
+    searcher.on_trial_complete("b", report(10.0, 1))
+    searcher.suggest("c")
+    reason = Path(reason_file(RunFolder.of(config).file("trials"), 2))
+    reason.parent.mkdir(parents=True)
+    reason.write_text("the loss is not finite")
+    searcher.on_trial_complete("c", error=True)
+    searcher.suggest("d")
+    searcher.on_trial_complete("d", error=True)
+    records = records_of(opened(config))
+    assert [(r.state, r.score, r.epochs) for r in records] == [
+        ("finished", 50.0, 4),
+        ("stopped early", 10.0, 1),
+        ("failed", None, 0),
+        ("failed", None, 0),
+    ]
+    assert records[2].reason == "the loss is not finite"
+    assert "out of memory" in records[3].reason
+
+
+def test_interrupted_trials_go_on_before_new_ones_with_their_numbers_and_values(
+    tmp_path: Path,
+) -> None:
+    config = searching(tmp_path)
+    first = search(config)
+    finish(first, "a", 50.0)
+    left = [first.suggest(name) for name in ("b", "c")]
+    first.on_trial_result("b", report(20.0, 1))
+    again = search(config)  # another driver: the first one is gone without a word
+    assert [again.suggest(name) for name in ("x", "y")] == left
+    again.on_trial_result("x", report(21.0, 2))
+    new = again.suggest("z")
+    assert new is not None
+    assert new[NUMBER] == 3
+    assert history_of(opened(config).trials()[1]) == {1: 20.0, 2: 21.0}
+
+
+def test_a_later_sitting_draws_other_values_than_the_first_did(tmp_path: Path) -> None:
+    config = searching(tmp_path, own_values_first=False, sampler="random")
+    drawn = []
+    for _ in range(3):
+        searcher = search(config)
+        finish(searcher, "a", 1.0)
+        drawn.append(opened(config).trials()[-1].params["loss.temperature"])
+    assert len(set(drawn)) == 3
+
+
+def test_an_abandoned_trial_stays_running(tmp_path: Path) -> None:
+    searcher = search(searching(tmp_path))
+    searcher.suggest("a")
+    searcher.on_trial_complete("a")
+    assert len(opened(searching(tmp_path)).trials(TrialState.RUNNING)) == 1
+
+
+class _Trial:
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+def test_the_stopping_rule_remembers_trials_of_earlier_sittings(tmp_path: Path) -> None:
+    config = searching(tmp_path)
+    searcher = search(config)
+    for number, score in enumerate((60.0, 70.0, 80.0)):
+        searcher.suggest(str(number))
+        searcher.on_trial_result(str(number), report(score, 1))
+        searcher.on_trial_result(str(number), report(score + 1, 2))
+        searcher.on_trial_complete(str(number), report(score + 1, 2))
+    rule = stopping_rule(config, opened(config))
+    fresh = stopping_rule(config, opened(searching(tmp_path / "other")))
+    for score, decision in ((90.0, "CONTINUE"), (10.0, "STOP")):
+        trial: Any = _Trial(f"new_{score}")
+        rule.on_trial_add(None, trial)  # type: ignore[arg-type]
+        assert rule.on_trial_result(None, trial, report(score, 1)) == decision  # type: ignore[arg-type]
+        fresh.on_trial_add(None, trial)  # type: ignore[arg-type]
+    alone: Any = _Trial("new_10.0")
+    assert fresh.on_trial_result(None, alone, report(10.0, 1)) == "CONTINUE"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tune": {"space": {"loss.temperature": {"log": [0.03, 0.4]}}}}, "tune.space"),
+        ({"tune": {"space": SPACE, "metric": "segmentation_miou"}}, "tune.metric"),
+        ({"tune": {"space": SPACE, "cost": "parameters"}}, "cost"),
+        ({"train": {"epochs": 5}}, "train.epochs: 4 -> 5"),
+        ({"eval": {"knn_k": 7}}, "eval.knn_k: 20 -> 7"),
+        ({"run": {"seed": 3}}, "run.seed"),
+    ],
+)
+def test_a_study_of_other_settings_is_refused(
+    tmp_path: Path, change: dict[str, dict[str, Any]], message: str
+) -> None:
+    opened(searching(tmp_path))
+    sections: dict[str, Any] = {
+        "run": {"root": str(tmp_path), "name": "sweep"},
+        "tune": {"space": SPACE},
+        "train": {"epochs": 4},
+    }
+    for name, values in change.items():
+        sections[name] = sections.get(name, {}) | values
+    with pytest.raises((ConfigError, ValueError), match=message):
+        opened(tiny_config(**sections))
+
+
+def test_more_trials_and_another_scheduler_are_the_same_study(tmp_path: Path) -> None:
+    finish(search(searching(tmp_path)), "a", 1.0)
+    again = opened(searching(tmp_path, trials=99, scheduler="none", max_concurrent=3))
+    assert len(again.trials()) == 1
+
+
+def test_a_bucket_needs_a_storage_url() -> None:
+    config = tiny_config(run={"root": "s3://bucket/runs"}, tune={"space": SPACE})
+    with pytest.raises(ConfigError, match="SQLite cannot live"):
+        opened(config)
+
+
+def test_no_password_is_shown_or_stored(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    shown = OpenStudy(study, "postgresql://me:secret@host/db").shown_url
+    assert shown == "postgresql://me:***@host/db"
+    config = searching(tmp_path, storage="nonsense://me:secret@host/db")
+    with pytest.raises(ConfigError) as error:
+        opened(config)
+    assert "secret" not in str(error.value)
+
+
+def test_the_best_trial_is_a_configuration_that_trains_as_it_is(tmp_path: Path) -> None:
+    config = searching(tmp_path)
+    searcher = search(config)
+    for name, score in (("a", 10.0), ("b", 30.0), ("c", 20.0)):
+        finish(searcher, name, score)
+    best = best_trial(opened(config))
+    assert best is not None
+    assert (best.number, best.values) == (1, [30.0])
+    path = tmp_path / "best.yaml"
+    path.write_text(best_yaml(config, best, unit="kNN top-1 %"))
+    read = config_from_file(str(path))
+    assert read == best_config(config, best)
+    assert {n: option_value(read, n) for n in SPACE} == best.params
+    assert read.tune.space == {}
+    assert read.run.name == "sweep_best"
+
+
+def test_two_objectives_give_the_trials_that_no_other_beats(tmp_path: Path) -> None:
+    config = searching(tmp_path, cost="training_s")
+    searcher = search(config)
+    for name, score, cost in (("a", 10.0, 1.0), ("b", 30.0, 5.0), ("c", 20.0, 6.0)):
+        finish(searcher, name, score, cost)
+    assert {trial.number for trial in opened(config).study.best_trials} == {0, 1}
+
+
+def test_trials_csv_has_a_line_per_trial(tmp_path: Path) -> None:
+    config = searching(tmp_path)
+    searcher = search(config)
+    finish(searcher, "a", 10.0)
+    finish(searcher, "b", 12.5)
+    lines = trials_csv(records_of(opened(config))).splitlines()
+    assert lines[0] == "trial,state,score,cost,epochs,loss.temperature,student.mhsa.depth,reason"
+    assert lines[1] == "0,finished,10.0,1.0,4,0.2,1,"
+    assert len(lines) == 3
