@@ -98,7 +98,7 @@ def _facts(images: KnnImages, config: Config) -> dict[str, Any]:
 
 def voters_of(images: KnnImages) -> int:
     """Return how many images may vote on one."""
-    return images.train.num_rows - images.leave_one_out
+    return int(images.train.num_rows) - images.leave_one_out
 
 
 def headline_of(ks: tuple[int, ...]) -> int:

@@ -81,15 +81,8 @@ def judge_knn(
     """
     ks, _ = neighbours(config.eval.knn_ks, voters_of(data))
     sets = _store_sets(network, data, config, folder=place.shared, device=device)
-    hits = call_in_task(
-        _knn_hits,
-        sets.train.uri,
-        sets.test.uri,
-        ks,
-        device,
-        data.leave_one_out,
-        share=_share(config, device),
-    )
+    work = (sets.train.uri, sets.test.uri, ks, device, data.leave_one_out)
+    hits = call_in_task(_knn_hits, *work, share=_share(config, device))
     named = {"knn_top1": hits[headline_of(ks)], **{f"knn_k{k}": hits[k] for k in ks}}
     return _scores(named, sets, seed=seed, about={})
 
