@@ -143,6 +143,11 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     kind, *words = options.words or [""]
     overrides = [word for word in words if _is_override(word)]
     if options.fraction is not None:
+        if kind != "detect":
+            raise ConfigError(
+                f"--fraction={options.fraction:g} shortens detection alone; leave it out of eval "
+                f"{kind}, and give fewer steps or epochs instead"
+            )
         overrides.append(f"eval.detect.fraction={options.fraction}")
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     students = [word for word in words if word not in (*overrides, *files)]

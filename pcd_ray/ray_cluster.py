@@ -5,7 +5,7 @@ Resource names and how CPUs are shared between training workers and data tasks a
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,8 +170,26 @@ def call_in_task(work: Callable[..., Any], *args: Any, share: WorkerShare) -> An
     """Call a function in a Ray task that gets a worker's share; return its result.
 
     Raises:
+        PcdError: as `call_in_tasks`.
+    """
+    return call_in_tasks(work, [args], share=share)[0]
+
+
+def call_in_tasks(
+    work: Callable[..., Any], arguments: Sequence[Sequence[Any]], *, share: WorkerShare
+) -> list[Any]:
+    """Call a function once for each tuple of arguments, in Ray tasks; return results in order.
+
+    The first failure cancels what has not begun.
+
+    Args:
+        work: the function.
+        arguments: of each call.
+        share: what each task gets.
+
+    Raises:
         PcdError: ``work`` raised it.
-        ClusterError: the task's process or node died.
+        ClusterError: a task's process or node died, or a device has no memory left.
     """
     threads = {"OMP_NUM_THREADS": str(share.threads)}
     task = ray.remote(
@@ -179,17 +197,37 @@ def call_in_task(work: Callable[..., Any], *args: Any, share: WorkerShare) -> An
         num_gpus=1 if share.device == "cuda" else 0,
         runtime_env={"env_vars": PASSIVE_THREADS | threads},
     )(work)
+    begun = [task.remote(*each) for each in arguments]
     try:
-        return ray.get(task.remote(*args))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PcdError):
-            raise error.cause from None
-        raise
+        return list(ray.get(begun))
     except ray.exceptions.RayError as error:
-        raise ClusterError(
-            f"a process that computes died ({str(error).strip().splitlines()[0]}); it may have run "
-            "out of memory: give the same command again, on a larger machine if need be"
-        ) from error
+        for each in begun:
+            ray.cancel(each)
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+        if isinstance(cause, PcdError):
+            raise cause from None
+        explained = explained_death(cause or error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def explained_death(error: BaseException) -> ClusterError | None:
+    """Return what a process died of, in words; None: the error is none of Ray's nor of memory."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ClusterError(
+            f"there was not enough memory ({line}); use smaller batches or images, more workers, "
+            "or a larger machine: the same command goes on from what is stored"
+        )
+    if isinstance(error, ray.exceptions.RayError) and not isinstance(
+        error, ray.exceptions.RayTaskError
+    ):
+        return ClusterError(
+            f"a process that computes died ({line}); it may have run out of memory: give the same "
+            "command again, on a larger machine if need be"
+        )
+    return None
 
 
 def _cpus_per_worker(

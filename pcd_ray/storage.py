@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -30,6 +30,8 @@ class StoredFile:
 
     uri: str
     size_bytes: int
+    modified_ns: int = field(default=0, compare=False)
+    """When it was written last, in ns since 1970; 0: the file system does not say."""
 
 
 def is_remote(uri: str) -> bool:
@@ -101,7 +103,8 @@ def list_files(uri: str, *, recursive: bool = True) -> list[StoredFile]:
         selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
         found = [info for info in fs.get_file_info(selector) if info.type == pafs.FileType.File]
     files = [
-        StoredFile(base + info.path[len(path.rstrip("/")) :] + query, info.size) for info in found
+        StoredFile(base + info.path[len(path.rstrip("/")) :] + query, info.size, info.mtime_ns or 0)
+        for info in found
     ]
     return sorted(files, key=lambda file: file.uri)
 

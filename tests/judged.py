@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 
 
 def drawn_network(timm_name: str = "resnet10t", *, seed: int = 0, **kwargs: Any) -> JudgedNetwork:

@@ -32,7 +32,8 @@ def seen_student(config: Config) -> Student:
 
 def store_run(root: Path, *steps: int, **sections: dict[str, Any]) -> tuple[RunFolder, Student]:
     """Write checkpoints of a run under ``root``; return its folder and its student."""
-    config = tiny_config(run={"root": str(root), "name": "stored"}, **sections)
+    run = {"root": str(root), "name": "stored", **sections.pop("run", {})}
+    config = tiny_config(run=run, **sections)
     student = seen_student(config)
     return store_student(config, student, *steps), student
 

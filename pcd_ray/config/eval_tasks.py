@@ -63,10 +63,10 @@ class DetectConfig:
     masks: bool = True
     """Mask R-CNN (boxes and masks), or Faster R-CNN (boxes)."""
     preset: Literal["coco_1x", "coco_2x"] = "coco_1x"
-    """Steps where ``steps`` is 0: 90,000 or 180,000. The rate falls to a tenth after 2/3 and 8/9 of
-    all steps."""
+    """Steps where ``steps`` is 0: 90,000 or 180,000 of 16 images, and as many images in steps of
+    another ``global_batch_size``. The rate falls to a tenth after 2/3 and 8/9 of all steps."""
     steps: int = 0
-    """Optimiser steps; 0: the preset's."""
+    """Optimiser steps, whatever the batch; 0: the preset's."""
     fraction: float = 1.0
     """Share of the steps, and of the images of both splits, in (0, 1]; below 1 a smoke run."""
     global_batch_size: int = 16
@@ -97,7 +97,7 @@ class DetectConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: backbone and pyramid in autocast to bfloat16; heads stay in float32."""
     checkpoint_every_steps: int = 1000
-    """Optimiser steps between checkpoints."""
+    """Optimiser steps between checkpoints, which are deleted once the scores are stored."""
     log_every_steps: int = 20
     """Optimiser steps between two lines of progress."""
 
@@ -165,7 +165,8 @@ class SegmentConfig:
     flip_prob: float = 0.5
     """``fcn``: probability of a horizontal flip."""
     lr: float = 0.01
-    """``fcn``: learning rate of SGD at the start."""
+    """``fcn``: learning rate of SGD at the start, for ``global_batch_size`` as it is: another batch
+    does not scale it. Common practice for 16 images."""
     head_lr_scale: float = 1.0
     """``fcn``: factor of the head's learning rate; 10 is also common."""
     momentum: float = 0.9
@@ -189,7 +190,8 @@ class SegmentConfig:
     """``fcn``: pixels from one window to the next, whose logits are averaged where they overlap; 0:
     two thirds of ``window_px``."""
     checkpoint_every_steps: int = 500
-    """``fcn``: optimiser steps between checkpoints, from which an interrupted one goes on."""
+    """``fcn``: optimiser steps between checkpoints, from which an interrupted one goes on; they are
+    deleted once the scores are stored. 0: at the end alone."""
     log_every_steps: int = 20
     """``fcn``: optimiser steps between lines of progress."""
 

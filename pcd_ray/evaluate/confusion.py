@@ -90,14 +90,35 @@ class ImageCounts:
     def scores(self, times: Tensor) -> dict[str, Tensor]:
         """Return ``miou``, ``macc`` and ``aacc`` in percent, (R,) each, of R draws of images.
 
+        The classes are those of the whole split in every draw: one that the draw holds no true
+        pixel of has its value over the split, since the draw says nothing of it. Left out, it
+        would move the mean by as much as it differs from the others.
+
         Args:
             times: how often each image was drawn, (R, N) float64.
         """
-        right, truth, predicted = (
-            times @ counts.double() for counts in (self.right, self.truth, self.predicted)
-        )  # (R, L) each
+        right, truth, predicted = self._totals(times)  # (R, L) each
+        whole = self._totals(torch.ones(1, times.shape[1], dtype=torch.float64))  # (1, L) each
+        iou, accuracy = (
+            torch.where(truth > 0, drawn, split)
+            for drawn, split in zip(
+                _by_class(right, truth, predicted), _by_class(*whole), strict=True
+            )
+        )  # (R, L) each; NaN: in neither truth nor prediction of the split
         return {
-            "miou": (100 * right / (truth + predicted - right)).nanmean(dim=1),
-            "macc": (100 * right / truth).nanmean(dim=1),
+            "miou": iou.nanmean(dim=1),
+            "macc": accuracy.nanmean(dim=1),
             "aacc": 100 * right.sum(dim=1) / truth.sum(dim=1),
         }
+
+    def _totals(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return how many pixels are right, true and predicted, (R, L) each."""
+        right, truth, predicted = (
+            times @ counts.double() for counts in (self.right, self.truth, self.predicted)
+        )
+        return right, truth, predicted
+
+
+def _by_class(right: Tensor, truth: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return IoU and accuracy of each class in percent; 0 / 0 is NaN."""
+    return 100 * right / (truth + predicted - right), 100 * right / truth

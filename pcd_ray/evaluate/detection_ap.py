@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pcd_ray.evaluate.detection import Detections
 from pcd_ray.evaluate.detection_data import DetectionImage
+from pcd_ray.evaluate.detection_draws import intervals_of, ranked_classes
 from pcd_ray.evaluate.detection_masks import run_lengths_of, segmentation_values
 
 Result = dict[str, Any]
@@ -30,6 +31,8 @@ class AveragePrecision:
     ``ap_large``, means over classes."""
     classes: dict[str, float | None]
     """Class -> ``ap`` of it."""
+    intervals: dict[str, tuple[float, float]]
+    """95% bootstrap intervals of ``ap``, ``ap50`` and ``ap75`` over the images."""
 
 
 def results_of(
@@ -68,6 +71,7 @@ def average_precision(
     classes: Sequence[str],
     category_ids: Sequence[int],
     of: Literal["bbox", "segm"],
+    seed: int = 0,
 ) -> AveragePrecision:
     """Return how well detections agree with the truth.
 
@@ -80,11 +84,9 @@ def average_precision(
         classes: names, by label.
         category_ids: ids of the json files, by label.
         of: boxes or masks.
+        seed: of the bootstrap.
     """
-    truth = COCO(truth_of(images, classes=classes, category_ids=category_ids))
-    found = truth.loadRes([_own_kind(result, of) for result in results])
-    judged = COCOeval_faster(truth, found, of, print_function=_silent)
-    judged.evaluate()
+    judged = evaluated(images, results, classes=classes, category_ids=category_ids, of=of)
     judged.accumulate()
     precision: NDArray[np.float64] = judged.eval["precision"]  # (T, R, K, A, M)
     thresholds = list(np.round(judged.params.iouThrs, 2))
@@ -101,7 +103,24 @@ def average_precision(
     by_class = {
         classes[label]: _mean_pct(whole[:, :, place]) for place, label in enumerate(order.tolist())
     }
-    return AveragePrecision(summary, {name: by_class[name] for name in classes})
+    intervals = intervals_of(ranked_classes(judged), judged.params.iouThrs, seed=seed)
+    return AveragePrecision(summary, {name: by_class[name] for name in classes}, intervals)
+
+
+def evaluated(
+    images: Sequence[DetectionImage],
+    results: Sequence[Result],
+    *,
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    of: Literal["bbox", "segm"],
+) -> Any:
+    """Return faster-coco-eval's evaluation, detections matched; arguments as above."""
+    truth = COCO(truth_of(images, classes=classes, category_ids=category_ids))
+    found = truth.loadRes([_own_kind(result, of) for result in results])
+    judged = COCOeval_faster(truth, found, of, print_function=_silent)
+    judged.evaluate()
+    return judged
 
 
 def truth_of(

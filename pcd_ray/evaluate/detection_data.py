@@ -9,6 +9,7 @@ Everything that can be seen without decoding an image is checked when a set is o
 Shapes: N annotations of an image, crowds included.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,13 +23,11 @@ from PIL import Image
 from pcd_ray import storage
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.errors import ShardError
-from pcd_ray.evaluate.detection_masks import Segmentation, area_of, damaged, parse_segmentation
+from pcd_ray.evaluate.detection_annotations import Annotation, annotation_of
+from pcd_ray.evaluate.detection_masks import Segmentation, damaged
 
 SPLITS = ("train", "val")
 
-_CLIPPED = "boxes reach beyond their image by more than a pixel and are clipped"
-_DEGENERATE = "boxes without width or height are left out"
-_WITHOUT_MASK = "objects without a mask are left out"
 _CROWDS = "crowd regions are no training targets; AP ignores what is found in them"
 _EMPTY = "images have no annotation; they are kept"
 
@@ -97,6 +96,8 @@ class DetectionData:
     """Ids of the json files, by label; they may have gaps."""
     train: DetectionSplit
     val: DetectionSplit
+    sha256: str
+    """Of both json files."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -128,7 +129,8 @@ def open_detection(uri: str, *, masks: bool) -> DetectionData:
         StorageError: the folder cannot be read.
     """
     places = _places(uri)
-    records = {split: _record(file) for split, (file, _) in places.items()}
+    texts = {split: storage.read_text(file) for split, (file, _) in places.items()}
+    records = {split: _record(places[split][0], text) for split, text in texts.items()}
     categories = {split: _categories(places[split][0], records[split]) for split in SPLITS}
     _check_same(categories, {split: file for split, (file, _) in places.items()})
     ids = sorted(categories["train"])
@@ -143,7 +145,8 @@ def open_detection(uri: str, *, masks: bool) -> DetectionData:
                 "some that are no crowds"
             )
     names = tuple(categories["train"][id_] for id_ in ids)
-    return DetectionData(uri, names, tuple(ids), opened["train"], opened["val"])
+    sha256 = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+    return DetectionData(uri, names, tuple(ids), opened["train"], opened["val"], sha256)
 
 
 def _places(uri: str) -> dict[str, tuple[str, str]]:
@@ -159,8 +162,7 @@ def _places(uri: str) -> dict[str, tuple[str, str]]:
         split: (storage.join(uri, f"instances_{split}.json"), storage.join(uri, "images"))
         for split in SPLITS
     }
-    layouts = (ours, coco)
-    for layout in layouts:
+    for layout in (ours, coco):
         if all(storage.exists(file) for file, _ in layout.values()):
             return layout
     raise ShardError(
@@ -170,9 +172,9 @@ def _places(uri: str) -> dict[str, tuple[str, str]]:
     )
 
 
-def _record(file: str) -> dict[str, Any]:
+def _record(file: str, text: str) -> dict[str, Any]:
     try:
-        record = json.loads(storage.read_text(file))
+        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise ShardError(f"{file}: is no json ({error}); write it again") from error
     for key in ("images", "annotations", "categories"):
@@ -182,8 +184,7 @@ def _record(file: str) -> dict[str, Any]:
             if not isinstance(item, dict) or type(item.get("id")) is not int:
                 raise ShardError(f"{file}: {str(item)[:80]} in {key!r} has no whole number as id")
         _check_unique(file, key, (item["id"] for item in record[key]))
-    checked: dict[str, Any] = record
-    return checked
+    return dict(record)
 
 
 def _check_unique(file: str, kind: str, ids: Iterable[int]) -> None:
@@ -232,7 +233,7 @@ def _open_split(
         for item in record["images"]
     )
     name = storage.name_of(file)
-    notes = tuple(f"{name}: {count:,} {what}" for what, count in sorted(counts.items()))
+    notes = tuple(f"{name}: {count:,} {what}" for what, count in sorted((+counts).items()))
     return DetectionSplit(file, images, notes)
 
 
@@ -245,8 +246,8 @@ def _image_uris(file: str, folder: str, images: Sequence[Mapping[str, Any]]) -> 
     if not images:
         raise ShardError(f"{file}: 'images' is empty; list the images")
     there = {stored.uri for stored in storage.list_files(folder)}
-    start = storage.absolute(storage.split_query(folder)[0])
-    query = storage.split_query(folder)[1]
+    base, query = storage.split_query(folder)
+    start = storage.absolute(base)
     uris = {item["id"]: f"{start}/{item.get('file_name')}{query}" for item in images}
     absent = [uri for uri in uris.values() if uri not in there]
     if absent:
@@ -272,19 +273,15 @@ def _image(  # noqa: PLR0913 - one record, its place and what is counted on the 
             f"{file}: image {item['id']} is {width!r} x {height!r} px; give width and height as "
             "whole numbers above 0"
         )
-    kept: list[_Annotation] = []
+    kept: list[Annotation] = []
     for annotation in annotations:
         try:
-            parsed = _annotation(annotation, width, height, masks, counts)
+            parsed = annotation_of(annotation, width, height, masks, counts)
         except ValueError as error:
             raise damaged(annotation["id"], file, str(error)) from error
         if parsed is not None:
             kept.append(parsed)
-    counts[_CROWDS] += sum(one.crowd for one in kept)
-    counts[_EMPTY] += not annotations
-    for what in (_CROWDS, _EMPTY):
-        if not counts[what]:
-            del counts[what]
+    counts.update({_CROWDS: sum(one.crowd for one in kept), _EMPTY: int(not annotations)})
     return DetectionImage(
         id=item["id"],
         uri=uri,
@@ -296,69 +293,6 @@ def _image(  # noqa: PLR0913 - one record, its place and what is counted on the 
         areas=np.array([one.area for one in kept], np.float64),
         segmentations=tuple(one.segmentation for one in kept),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Annotation:
-    box: tuple[float, float, float, float]
-    category_id: int
-    crowd: bool
-    area: float
-    segmentation: Segmentation
-
-
-def _annotation(
-    item: Mapping[str, Any], width: int, height: int, masks: bool, counts: Counter[str]
-) -> _Annotation | None:
-    """Return an annotation, its box clipped; None, counted, where nothing of it can be used.
-
-    Raises:
-        ValueError: the box or the mask is wrong.
-    """
-    box = _box(item.get("bbox"), width, height, counts)
-    if box is None:
-        return None
-    crowd = bool(item.get("iscrowd", 0))
-    mask = parse_segmentation(item.get("segmentation"), height=height, width=width)
-    if mask is None and masks:
-        if not item.get("segmentation"):
-            raise ValueError("it has no segmentation; set eval.detect.masks=false for boxes alone")
-        counts[_WITHOUT_MASK] += 1
-        return None
-    left, top, right, bottom = box
-    area = item.get("area")
-    if area is None:
-        whole = (right - left) * (bottom - top)
-        area = whole if mask is None else area_of(mask, height=height, width=width)
-    return _Annotation(box, item["category_id"], crowd, float(area), mask)
-
-
-def _box(
-    given: Any, width: int, height: int, counts: Counter[str]
-) -> tuple[float, float, float, float] | None:
-    """Return left, top, right, bottom of a box, clipped to its image; None: it has no inside.
-
-    Raises:
-        ValueError: it is no box, or lies outside its image.
-    """
-    if not isinstance(given, list) or len(given) != 4 or not _finite(given):
-        raise ValueError(f"bbox={given!r} is not [left, top, width, height] in pixels")
-    left, top, right, bottom = given[0], given[1], given[0] + given[2], given[1] + given[3]
-    if right <= left or bottom <= top:
-        counts[_DEGENERATE] += 1
-        return None
-    if right <= 0 or bottom <= 0 or left >= width or top >= height:
-        raise ValueError(f"bbox={given} lies outside its image of {width} x {height} px")
-    if min(left, top) < -1 or right > width + 1 or bottom > height + 1:
-        counts[_CLIPPED] += 1
-    return max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom)
-
-
-def _finite(values: Sequence[Any]) -> bool:
-    try:
-        return bool(np.isfinite(np.array(values, np.float64)).all())
-    except (TypeError, ValueError):
-        return False
 
 
 def _some(items: Sequence[object]) -> str:

@@ -3,10 +3,9 @@
 Shapes: B images, N objects of an image.
 """
 
-import hashlib
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pcd_ray import storage
 from pcd_ray.evaluate.detection import BoxHead, DetectionBatch, Detector
 from pcd_ray.evaluate.detection_data import DetectionData, DetectionImage, open_detection
 from pcd_ray.evaluate.detection_examples import DetectionExample, DetectionViews
-from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.seeds import derive_seed
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -40,14 +38,20 @@ class DetectionTask:
     """Names, by label."""
     fraction: float
     """Share of the images that take part, in (0, 1]."""
-    num_images: int
-    """Training images that take part."""
     views: DetectionViews
     """How images are resized and mirrored."""
     box_head: BoxHead
     rois_per_image: int
     seed: int
     """Of the new layers' first weights and of the images that take part."""
+
+    @property
+    def num_images(self) -> int:
+        """Training images that take part.
+
+        Whoever trains asks for it before threads ask for examples: the set is opened here, once.
+        """
+        return len(self._train_images)
 
     def build(self) -> Detector:
         """Return the detector on the CPU: the student's weights, drawn ones in the new layers.
@@ -74,7 +78,7 @@ class DetectionTask:
         Raises:
             ShardError: the image cannot be decoded or is not as its record says.
         """
-        return self.views.drawn(self.images("train")[index], seed)
+        return self.views.drawn(self._train_images[index], seed)
 
     def collate(self, examples: list[DetectionExample], device: torch.device) -> DetectionBatch:
         """Return a batch on the device; images keep their sizes."""
@@ -100,10 +104,23 @@ class DetectionTask:
 
     def images(self, split: str) -> tuple[DetectionImage, ...]:
         """Return the images of a split that take part, in the order of its file."""
-        data = _opened(self.data, self.views.masks, self.content)
-        images: tuple[DetectionImage, ...] = getattr(data, split).images
+        images: tuple[DetectionImage, ...] = getattr(self.opened, split).images
         rows = taking_part(len(images), self.fraction, self.seed)
         return images if len(rows) == len(images) else tuple(images[row] for row in rows)
+
+    @cached_property
+    def opened(self) -> DetectionData:
+        """The set, opened once in each process: large json files take a minute to read."""
+        return open_detection(self.data, masks=self.views.masks)
+
+    @cached_property
+    def _train_images(self) -> tuple[DetectionImage, ...]:
+        return self.images("train")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the opened set behind: another process opens it anew."""
+        kept = {each.name for each in fields(self)}
+        return {name: value for name, value in self.__dict__.items() if name in kept}
 
 
 def taking_part(count: int, fraction: float, seed: int) -> NDArray[np.int64]:
@@ -111,28 +128,6 @@ def taking_part(count: int, fraction: float, seed: int) -> NDArray[np.int64]:
     share = max(1, round(count * fraction))
     drawn = np.random.default_rng(derive_seed(seed, "detection_images")).permutation(count)
     return np.sort(drawn[:share])
-
-
-def content_of(data: DetectionData) -> str:
-    """Return a hash of the json files of a set."""
-    digest = hashlib.sha256()
-    for split in (data.train, data.val):
-        digest.update(hashlib.sha256(storage.read_bytes(split.file)).digest())
-    return digest.hexdigest()
-
-
-_lock = threading.Lock()
-_last: dict[tuple[str, bool, str], DetectionData] = {}
-
-
-def _opened(uri: str, masks: bool, content: str) -> DetectionData:
-    """Return an opened set; the last one is kept, large json files take a minute to read."""
-    key = (uri, masks, content)
-    with _lock:  # several threads decode images
-        if key not in _last:
-            _last.clear()
-            _last[key] = open_detection(uri, masks=masks)
-        return _last[key]
 
 
 def _weights_of_norms(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,14 +1,23 @@
 """The page of a comparison: scores side by side, classes, pictures, and how it was measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pcd_ray import storage
 from pcd_ray.config import Config, to_yaml
-from pcd_ray.evaluate.comparison import Estimate
+from pcd_ray.evaluate.comparison import (
+    JUDGING_SEEDS,
+    TEST_IMAGES,
+    TRAININGS,
+    Estimate,
+    Measured,
+    bases,
+)
 from pcd_ray.evaluate.report import Figure, Table, render_report
 from pcd_ray.evaluate.run_report import PICTURES
 from pcd_ray.evaluate.scores import Scores
+from pcd_ray.evaluate.students import Row
 
 TITLES = {
     "knn_top1": "kNN: top-1 %",
@@ -26,41 +35,62 @@ TITLES = {
 """Metric -> what a reader is told it is; others go by their own names."""
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What is true of all rows of a comparison."""
+
+    title: str
+    sets: Mapping[str, str]
+    """Option -> URI of the labelled sets."""
+    facts: Mapping[str, Any]
+    """How it was measured: all that numbers follow from besides network and seed."""
+    notes: Sequence[str]
+    """What is worth knowing of the sets."""
+    fine_tuned: bool
+    """Whether networks were trained to be judged."""
+
+
 def write_eval_report(  # noqa: PLR0913 - what a page of a comparison holds
     uri: str,
+    page: Page,
     *,
-    title: str,
     table: Mapping[str, Mapping[str, Estimate]],
-    rows: Mapping[str, Sequence[Scores]],
-    sources: Mapping[str, str],
+    measured: Mapping[str, Measured],
+    rows: Sequence[Row],
     failures: Mapping[str, str],
     looks: Mapping[str, bytes],
-    sets: Mapping[str, str],
     config: Config,
 ) -> None:
     """Write a comparison as one self-contained page.
 
     Args:
         uri: the page.
-        title: heading.
+        page: what is true of all rows.
         table: metric -> row -> value; the first metric is drawn as bars.
-        rows: row -> its measurements, whose first one's pictures and classes are shown.
-        sources: row -> where its networks come from.
-        failures: what could not be judged -> why.
+        measured: row -> its measurements, whose first one's pictures and classes are shown.
+        rows: what was to be judged.
+        failures: what could not be judged or drawn -> why.
         looks: file name -> PNG of what all networks make of the same images.
-        sets: option -> URI of the labelled sets.
         config: all options.
     """
-    judged = {label: scores for label, scores in rows.items() if scores}
-    page = render_report(
-        title=f"{title}: {' against '.join(judged) or 'nothing judged'}",
-        lead=_lead(judged, sets),
-        tables=[*_scores(table, list(judged)), *_classes(judged), _networks(judged, sources)],
+    flat = {
+        label: [one for training in each for one in training] for label, each in measured.items()
+    }
+    judged = {label: scores for label, scores in flat.items() if scores}
+    text = render_report(
+        title=f"{page.title}: {' against '.join(judged) or 'nothing judged'}",
+        lead=_lead(judged, page.sets),
+        tables=[
+            *_scores(table, list(judged)),
+            *_classes(judged),
+            _networks(rows, measured),
+            *_how(page.facts, judged),
+        ],
         figures=[*_looks(looks), *_figures(judged)],
-        notes=_notes(table, failures),
+        notes=[*_notes(page, table, judged), *_missing(failures)],
         config_yaml=to_yaml(config),
     )
-    storage.write_text(uri, page)
+    storage.write_text(uri, text)
 
 
 def _lead(rows: Mapping[str, Sequence[Scores]], sets: Mapping[str, str]) -> str:
@@ -80,12 +110,16 @@ def _scores(table: Mapping[str, Mapping[str, Estimate]], labels: Sequence[str]) 
         if metric in TITLES
     ]
     whole = [
-        (label, *(str(of[label]) if label in of else "-" for of in table.values()))
+        (
+            label,
+            *(str(of[label]) if label in of else "-" for of in table.values()),
+            bases(table, label),
+        )
         for label in labels
     ]
     return [
         Table("Side by side", ("", *labels), bars),
-        Table("All scores, with 95% intervals", ("", *table), whole),
+        Table("All scores, with 95% intervals", ("", *table, "interval over"), whole),
     ]
 
 
@@ -113,18 +147,62 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _networks(rows: Mapping[str, Sequence[Scores]], sources: Mapping[str, str]) -> Table:
-    header = ("", "from", "measurements", "seconds each")
-    cells = [
-        (
-            label,
-            sources[label],
-            str(len(scores)),
-            f"{sum(s.about.get('seconds', 0) for s in scores) / len(scores):.0f}",
+def _networks(rows: Sequence[Row], measured: Mapping[str, Measured]) -> Table:
+    header = ("", "from", "licence of the weights", "trainings judged", "measurements", "s each")
+    cells = []
+    for row in rows:
+        trainings = measured[row.label]
+        scores = [one for training in trainings for one in training]
+        seconds = [one.about.get("seconds", 0) for one in scores]
+        licences = dict.fromkeys(network.licence or "not said" for network in row.networks)
+        cells.append(
+            (
+                row.label,
+                ", ".join(network.source for network in row.networks),
+                "; ".join(licences),
+                f"{sum(map(bool, trainings))} of {len(row.networks)}",
+                str(len(scores)),
+                f"{sum(seconds) / len(seconds):.0f}" if seconds else "-",
+            )
         )
-        for label, scores in rows.items()
-    ]
     return Table("Networks", header, cells)
+
+
+def _how(facts: Mapping[str, Any], rows: Mapping[str, Sequence[Scores]]) -> list[Table]:
+    """Return how all rows were measured, and what was found or chosen for each."""
+    shown = [(_words(name), _value(value)) for name, value in facts.items()]
+    own = {
+        label: {k: v for k, v in scores[0].about.items() if k not in _TOLD_ELSEWHERE}
+        for label, scores in rows.items()
+    }
+    names = dict.fromkeys(name for about in own.values() for name in about)
+    tables = [Table("How it was measured", ("", "all rows"), shown)]
+    if names:
+        cells = [
+            (_words(name), *(_value(about.get(name, "-")) for about in own.values()))
+            for name in names
+        ]
+        tables.append(Table("Found and chosen by row, first measurement", ("", *own), cells))
+    return tables
+
+
+_TOLD_ELSEWHERE = ("confusion", "notes", "seconds", "device")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value)) or "none"
+    return str(value)
 
 
 def _looks(looks: Mapping[str, bytes]) -> list[Figure]:
@@ -146,21 +224,41 @@ def _figures(rows: Mapping[str, Sequence[Scores]]) -> list[Figure]:
     ]
 
 
+_OVER = {
+    TEST_IMAGES: "[low, high] is a 95% bootstrap interval over the test images: what another draw "
+    "of test images may change, for this one training. A class that a draw shows nothing of keeps "
+    "its value in it.",
+    JUDGING_SEEDS: "+- over judging seeds is half of Student's 95% interval of their mean, for "
+    "this one training; of the pictures and classes the first seed's are shown.",
+    TRAININGS: "+- over trainings is half of Student's 95% interval of the mean over trainings, "
+    "each one the mean of its judging seeds; of the pictures and classes the first training's are "
+    "shown.",
+}
+
+
 def _notes(
-    table: Mapping[str, Mapping[str, Estimate]], failures: Mapping[str, str]
-) -> Sequence[str]:
-    over: dict[str, Any] = dict.fromkeys(
-        value.over for of in table.values() for value in of.values() if value.over
+    page: Page,
+    table: Mapping[str, Mapping[str, Estimate]],
+    rows: Mapping[str, Sequence[Scores]],
+) -> Iterator[str]:
+    over = dict.fromkeys(value.over for of in table.values() for value in of.values())
+    yield from (_OVER[kind] for kind in over if kind)
+    if page.fine_tuned:
+        yield (
+            "Every network is fine-tuned as a whole, its backbone under new layers; projection "
+            "heads and attention necks are left out."
+        )
+    else:
+        yield (
+            "Every network is judged on its frozen backbone alone; projection heads and attention "
+            "necks are left out."
+        )
+    yield from (f"{note[:1].upper()}{note[1:]}." for note in page.notes)
+    own = (
+        (label, n) for label, each in rows.items() for s in each for n in s.about.get("notes", ())
     )
-    words = {
-        "test images": "+- is half of a 95% bootstrap interval over the test images: what another "
-        "draw of test images may change, for this one training.",
-        "seeds": "+- is half of Student's 95% interval of the mean over seeds; of the pictures and "
-        "classes the first seed's are shown.",
-    }
-    return [
-        *(f"Not judged: {part} ({why})." for part, why in failures.items()),
-        *(words[kind] for kind in over),
-        "Every network is judged on its frozen or fine-tuned backbone alone; projection heads and "
-        "attention necks are left out.",
-    ]
+    yield from dict.fromkeys(f"{label}: {note}." for label, note in own)
+
+
+def _missing(failures: Mapping[str, str]) -> list[str]:
+    return [f"Not judged or drawn: {part} ({why})." for part, why in failures.items()]

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pcd_ray.distill.backbones import Backbone, freeze_unused, map_shape
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.segmentation_data import VOID, SegmentationData
-from pcd_ray.evaluate.students import JudgedNetwork
 from pcd_ray.seeds import derive_seed
 
 Crop = tuple[NDArray[np.uint8], NDArray[np.uint8]]

@@ -23,6 +23,7 @@ from torch import Tensor
 from pcd_ray import storage
 from pcd_ray.data.image_index import column
 from pcd_ray.errors import PcdError, ShardError
+from pcd_ray.evaluate.contents import files_sha256
 from pcd_ray.evaluate.features import check_finite
 
 FORMAT_VERSION = 1
@@ -76,10 +77,11 @@ class LabelledFeatures:
 
 
 def set_sha256(index: pa.Table) -> str:
-    """Return a hash of the images of an index: keys, labels, and where their bytes lie."""
+    """Return a hash of the images of an index: keys, labels, where their bytes lie, since when."""
     found = hashlib.sha256()
     for name in ("key", "uri"):
         found.update("\0".join(index.column(name).to_pylist()).encode())
+    found.update(files_sha256(index.column("uri").to_pylist()).encode())
     for name in ("label", "offset", "size"):
         found.update(column(index, name).tobytes())
     return found.hexdigest()

@@ -15,7 +15,7 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,49 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcd_ray.data.plan import EpochPlan, rank_span
 from pcd_ray.errors import TrainingError
+from pcd_ray.evaluate.finetune_settings import FinetuneSettings
 from pcd_ray.seeds import derive_seed
 
-_STEP_DECAY = 0.1  # of the learning rate at each milestone
 _BATCHES_AHEAD = 2  # that are decoded while the network computes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinetuneSettings:
-    """How a network is fine-tuned."""
-
-    steps: int
-    """Optimiser steps in all."""
-    global_batch_size: int
-    """Images per step, over all workers."""
-    lr: float
-    """Learning rate at the start, behind the warm-up."""
-    momentum: float
-    weight_decay: float
-    schedule: Literal["poly", "step"]
-    """``poly``: lr (1 - t / steps)^poly_power; ``step``: a tenth at each milestone."""
-    poly_power: float
-    milestones: tuple[int, ...]
-    """Steps done when the rate falls, of ``step``."""
-    warmup_steps: int
-    """Steps of linear warm-up from 0, by which the schedule is multiplied."""
-    clip_grad_norm: float
-    """Largest norm of the gradient; 0 leaves it."""
-    seed: int
-    precision: Literal["fp32", "bf16"]
-    """``bf16``: autocast to bfloat16."""
-    sync_batchnorm: bool
-    """BatchNorm statistics over all workers; cuda with several workers, else no effect."""
-    checkpoint_every_steps: int
-    """0: at the end alone."""
-    log_every_steps: int
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        if self.schedule == "poly":
-            share = (1 - step / self.steps) ** self.poly_power
-        else:
-            share = _STEP_DECAY ** sum(step >= milestone for milestone in self.milestones)
-        return float(self.lr * share * min(1.0, (step + 1) / (self.warmup_steps + 1)))
 
 
 class FinetuneTask(Protocol):
@@ -150,7 +111,7 @@ def new_state(
     model = task.build()
     ranks = _ranks()
     if settings.sync_batchnorm and ranks > 1 and device.type == "cuda":
-        model = convert_sync_batchnorm(model)
+        model = synchronised(model)
     model = model.to(device).train()
     groups = [{"lr_scale": 1.0, **group} for group in task.parameter_groups(model)]
     optimizer = torch.optim.SGD(
@@ -160,6 +121,13 @@ def new_state(
         device_ids = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     return FinetuneState(model, optimizer)
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """Return the network with BatchNorm whose statistics are over all ranks; timm's kinds, too."""
+    converted = convert_sync_batchnorm(model)
+    assert isinstance(converted, nn.Module)
+    return converted
 
 
 def finetune_steps(

@@ -1,7 +1,8 @@
 """All pictures of one pixel, of several networks on the same images."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,19 +53,38 @@ def draw_pixel_pictures(
         ValueError: a network is in train mode, or a student has no neck.
         TrainingError: features are infinite or NaN.
     """
+    pictures = pixel_pictures(networks, images, pixel=pixel, necks=necks)
+    return {name: draw() for name, draw in pictures.items()}
+
+
+def pixel_pictures(
+    networks: Mapping[str, Backbone],
+    images: Pixels | Tensor,
+    *,
+    pixel: Place = (0.5, 0.5),
+    necks: Mapping[str, Student] | None = None,
+) -> dict[str, Callable[[], bytes]]:
+    """Return what draws each of these pictures, so that one that fails costs itself alone."""
     images = torch.as_tensor(images)
     shown = images[:SHOWN_IMAGES]
     place = pixel_of(pixel, *images.shape[1:3])
-    drawn = {"similarity.png": _similarity(networks, shown, place)}
+    pictures: dict[str, Callable[[], bytes]] = {
+        "similarity.png": lambda: _similarity(networks, shown, place)
+    }
     if len(shown) > 1:
-        drawn["similarity_across.png"] = _similarity(networks, shown, place, across=True)
-    fields = dict(_receptive_fields(networks, necks or {}, images))
-    drawn["receptive_fields.png"] = receptive_field_figure(fields)
+        pictures["similarity_across.png"] = lambda: _similarity(networks, shown, place, across=True)
+    pictures["receptive_fields.png"] = lambda: receptive_field_figure(
+        dict(_receptive_fields(networks, necks or {}, images))
+    )
     for name, student in (necks or {}).items():
-        attention = [attention_maps(student, image, place) for image in shown]
         file = f"attention_{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png"
-        drawn[file] = attention_figure(shown, attention, [place] * len(shown))
-    return drawn
+        pictures[file] = partial(_attention, student, shown, place)
+    return pictures
+
+
+def _attention(student: Student, images: Tensor, place: Place) -> bytes:
+    attention = [attention_maps(student, image, place) for image in images]
+    return attention_figure(images, attention, [place] * len(images))
 
 
 def _similarity(

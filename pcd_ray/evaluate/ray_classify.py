@@ -9,7 +9,6 @@ Shapes: N training images, M test images, C channels.
 import hashlib
 import io
 import json
-import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -21,15 +20,24 @@ import torch
 from torch import Tensor
 
 from pcd_ray import storage
-from pcd_ray.config import AugmentConfig, Config, LinearConfig
+from pcd_ray.config import AugmentConfig, Config
 from pcd_ray.data.image_index import classes_of, column
 from pcd_ray.data.ray_stream import Batch as ViewBatch
 from pcd_ray.data.ray_views import recipe_from, view_batches
-from pcd_ray.errors import ConfigError, naming
-from pcd_ray.evaluate.eval_sets import KnnImages, crop_size_px, open_knn_images
+from pcd_ray.errors import naming
+from pcd_ray.evaluate.classify_settings import (
+    crops_and_flips,
+    headline_of,
+    linear_settings,
+    neighbours,
+    voters_of,
+)
+from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.feature_store import read_features
 from pcd_ray.evaluate.features import FeatureMap, pooled_features
-from pcd_ray.evaluate.knn import TEMPERATURE, knn_hits
+from pcd_ray.evaluate.judged_network import JudgedNetwork
+from pcd_ray.evaluate.judging import Place
+from pcd_ray.evaluate.knn import knn_hits
 from pcd_ray.evaluate.linear_probe import (
     Batch,
     LinearProbe,
@@ -42,23 +50,25 @@ from pcd_ray.evaluate.linear_probe import (
 )
 from pcd_ray.evaluate.ray_features import StoredFeatures, store_features
 from pcd_ray.evaluate.scores import Scores, interval_of_mean
-from pcd_ray.evaluate.students import JudgedNetwork
 from pcd_ray.ray_cluster import WorkerShare, call_in_task, resources, share_for_pool
-
-DEFAULT_KS = (1, 10, 20, 100, 200)
-HEADLINE_K = 20
-"""Neighbours behind ``knn_top1``; the largest number below it where it is not among those asked."""
 
 
 def judge_knn(
-    network: JudgedNetwork, config: Config, *, folder: str, seed: int, device: str
+    network: JudgedNetwork,
+    data: KnnImages,
+    config: Config,
+    *,
+    place: Place,
+    seed: int,
+    device: str,
 ) -> Scores:
     """Classify the images of ``eval.knn_test`` by their neighbours in ``eval.knn_train``.
 
     Args:
         network: the frozen network.
-        config: the sets, ``eval.knn_ks``, sizes of crops, batches and tasks.
-        folder: where features are kept; of `judge_linear` too, they share them.
+        data: the sets.
+        config: ``eval.knn_ks``, sizes of crops, batches and tasks.
+        place: features are kept in ``shared``, for `judge_linear` too.
         seed: of the bootstrap.
         device: ``cpu`` or ``cuda``.
 
@@ -66,38 +76,34 @@ def judge_knn(
         ``knn_top1`` and ``knn_k1``, ``knn_k10`` ... in percent, with intervals.
 
     Raises:
-        ConfigError: the sets are not given, or a number of neighbours is above that of images.
-        PcdError: as `open_knn_images` and `store_features`.
+        ConfigError: a number of neighbours is above that of images.
+        PcdError: as `store_features`.
     """
-    started = time.monotonic()
-    images = _open_images(config)
-    voters = images.train.num_rows - images.leave_one_out
-    ks, left_out = neighbours(config.eval.knn_ks, voters)
-    sets = _store_sets(network, images, config, folder=folder, device=device)
-    hits = call_in_task(
-        _knn_hits,
-        sets.train.uri,
-        sets.test.uri,
-        ks,
-        device,
-        images.leave_one_out,
-        share=_share(config, device),
-    )
-    headline = max((k for k in ks if k <= HEADLINE_K), default=min(ks))
-    named = {"knn_top1": hits[headline], **{f"knn_k{k}": hits[k] for k in ks}}
-    about = {"k": headline, "temperature": TEMPERATURE}
-    return _scores(named, sets, seed=seed, started=started, about=about, left_out=left_out)
+    ks, _ = neighbours(config.eval.knn_ks, voters_of(data))
+    sets = _store_sets(network, data, config, folder=place.shared, device=device)
+    work = (sets.train.uri, sets.test.uri, ks, device, data.leave_one_out)
+    hits = call_in_task(_knn_hits, *work, share=_share(config, device))
+    named = {"knn_top1": hits[headline_of(ks)], **{f"knn_k{k}": hits[k] for k in ks}}
+    return _scores(named, sets, seed=seed, about={})
 
 
 def judge_linear(
-    network: JudgedNetwork, config: Config, *, folder: str, seed: int, device: str
+    network: JudgedNetwork,
+    data: KnnImages,
+    config: Config,
+    *,
+    place: Place,
+    seed: int,
+    device: str,
 ) -> Scores:
     """Train a linear classifier on features of ``eval.knn_train``, score it on ``eval.knn_test``.
 
     Args:
         network: the frozen network.
-        config: the sets, ``eval.linear``, sizes of crops, batches and tasks.
-        folder: where features and the state of a long training are kept; as of `judge_knn`.
+        data: the sets.
+        config: ``eval.linear``, sizes of crops, batches and tasks.
+        place: features are kept in ``shared``, as of `judge_knn`, and the state of a long training
+            in ``work``.
         seed: of the order of images, of which are held out, and of the bootstrap.
         device: ``cpu`` or ``cuda``.
 
@@ -105,52 +111,18 @@ def judge_linear(
         ``linear_top1`` and, of more than five classes, ``linear_top5`` in percent, with intervals.
 
     Raises:
-        ConfigError: the sets are not given.
-        PcdError: as `open_knn_images` and `store_features`.
+        PcdError: as `store_features`.
     """
-    started = time.monotonic()
-    images = _open_images(config)
-    sets = _store_sets(network, images, config, folder=folder, device=device)
+    sets = _store_sets(network, data, config, folder=place.shared, device=device)
     settings = linear_settings(config.eval.linear, seed=seed)
     share = _share(config, device)
+    work = _Work(sets.train.uri, sets.test.uri, settings, device, storage.absolute(place.work))
     if config.eval.linear.views == "cached":
-        work = _Work(sets.train.uri, sets.test.uri, settings, device)
-        trained = call_in_task(_cached_linear, work, share=share)
+        hits, about = call_in_task(_cached_linear, work, share=share)
     else:
-        work = _Work(sets.train.uri, sets.test.uri, settings, device, storage.absolute(folder))
-        trained = call_in_task(_augmented_linear, work, network, images.train, config, share=share)
-    hits, about = trained
-    return _scores(hits, sets, seed=seed, started=started, about=about)
-
-
-def neighbours(asked: tuple[int, ...], num_images: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the numbers of neighbours to judge by, and a line if usual ones are left out.
-
-    Raises:
-        ConfigError: one that the user asked for is above the number of images that vote.
-    """
-    above = [k for k in asked or DEFAULT_KS if k > num_images]
-    if asked and above:
-        raise ConfigError(
-            f"eval.knn_ks={list(asked)}: {above} are more neighbours than the {num_images:,} "
-            f"images of eval.knn_train; use {num_images} at most, or give more images"
-        )
-    if not above:
-        return asked or DEFAULT_KS, ()
-    line = f"k = {', '.join(map(str, above))}: eval.knn_train has {num_images:,} images"
-    return tuple(k for k in DEFAULT_KS if k <= num_images), (line,)
-
-
-def linear_settings(linear: LinearConfig, *, seed: int) -> LinearSettings:
-    """Return how a probe is trained, as plain values."""
-    return LinearSettings(
-        epochs=linear.epochs,
-        global_batch_size=linear.global_batch_size,
-        base_lrs=linear.base_lrs,
-        held_out_fraction=linear.held_out_fraction,
-        standardise=linear.standardise,
-        seed=seed,
-    )
+        task = (work, network, data.train, config)
+        hits, about = call_in_task(_augmented_linear, *task, share=share)
+    return _scores(hits, sets, seed=seed, about=about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +130,6 @@ class _Sets:
     """The two sets and where their features lie."""
 
     images: KnnImages
-    size_px: int
     train: StoredFeatures
     test: StoredFeatures
 
@@ -171,35 +142,22 @@ class _Work:
     test_uri: str
     settings: LinearSettings
     device: str
-    folder: str = ""
+    folder: str
     """Where the state of a long training is kept."""
 
 
 _Hits = dict[str, Tensor]
 
 
-def _open_images(config: Config) -> KnnImages:
-    images = open_knn_images(config)
-    if images is None:
-        raise ConfigError(
-            "eval.knn_train='' and eval.knn_test='': there is nothing to classify; give two parts "
-            "of one data set, as class folders, packed shards or list files"
-        )
-    return images
-
-
 def _store_sets(
     network: JudgedNetwork, images: KnnImages, config: Config, *, folder: str, device: str
 ) -> _Sets:
     stored = []
+    place = storage.absolute(folder)
     for option, index in (("eval.knn_train", images.train), ("eval.knn_test", images.test)):
         with naming(option):
-            stored.append(
-                store_features(
-                    network, index, config, folder=storage.absolute(folder), device=device
-                )
-            )
-    return _Sets(images, crop_size_px(config), *stored)
+            stored.append(store_features(network, index, config, folder=place, device=device))
+    return _Sets(images, *stored)
 
 
 def _share(config: Config, device: str) -> WorkerShare:
@@ -227,7 +185,7 @@ def _cached_linear(work: _Work) -> tuple[_Hits, dict[str, Any]]:
     train = read_features(work.train_uri)
     device = torch.device(work.device)
     probe = fit_cached(train.features, train.labels, work.settings, device=device)
-    return _judged(probe, work, views="cached")
+    return _judged(probe, work)
 
 
 def _augmented_linear(
@@ -259,21 +217,7 @@ def _augmented_linear(
         for _ in probe_steps(task, state, _features_of(views, backbone, per_forward)):
             if state.step % steps_per_epoch == 0 or state.step == task.num_steps:
                 _keep(place, state)
-    return _judged(chosen(task, state, train.features), work, views="augmented")
-
-
-def crops_and_flips(config: Config) -> AugmentConfig:
-    """Return the augmentation that linear probes are trained with."""
-    return AugmentConfig(
-        image_size_px=crop_size_px(config),
-        min_scale=config.eval.linear.min_scale,
-        jitter_prob=0.0,
-        grey_prob=0.0,
-        student_blur_prob=0.0,
-        teacher_blur_prob=0.0,
-        student_solarize_prob=0.0,
-        teacher_solarize_prob=0.0,
-    )
+    return _judged(chosen(task, state, train.features), work)
 
 
 def _features_of(
@@ -306,23 +250,21 @@ def _restored(uri: str, task: ProbeTask, device: torch.device) -> ProbeState:
     return ProbeState(**stored)
 
 
-def _judged(probe: LinearProbe, work: _Work, *, views: str) -> tuple[_Hits, dict[str, Any]]:
+def _judged(probe: LinearProbe, work: _Work) -> tuple[_Hits, dict[str, Any]]:
     """Return the probe's hits on the test images, and how its rate was chosen."""
     test = read_features(work.test_uri)
     hits = {"linear_top1": probe.classifier.hits(test.features, test.labels, top=1)}
     if len(probe.classifier.labels) > 5:
         hits["linear_top5"] = probe.classifier.hits(test.features, test.labels, top=5)
     about: dict[str, Any] = {
-        "views": views,
-        "epochs": work.settings.epochs,
         "base_lr": probe.base_lr,
         "held_out_top1_pct": {str(rate): top1 for rate, top1 in probe.held_out_top1_pct.items()},
     }
     if probe.at_edge:
-        about["base_lr_at_edge"] = (
-            f"{probe.base_lr:g} is the smallest or largest of eval.linear.base_lrs; try rates "
-            "beyond it"
-        )
+        about["notes"] = [
+            f"the chosen rate {probe.base_lr:g} is the smallest or largest of "
+            "eval.linear.base_lrs; try rates beyond it"
+        ]
     return hits, about
 
 
@@ -331,9 +273,7 @@ def _scores(
     sets: _Sets,
     *,
     seed: int,
-    started: float,
     about: dict[str, Any],
-    left_out: tuple[str, ...] = (),
 ) -> Scores:
     headline = next(iter(hits))
     computed = sets.train.num_computed + sets.test.num_computed
@@ -342,16 +282,12 @@ def _scores(
         intervals={
             name: interval_of_mean(100 * right.double(), seed=seed) for name, right in hits.items()
         },
+        test_images={name: len(right) for name, right in hits.items()},
         classes={headline: _per_class(hits[headline], sets.images)},
         about={
             **about,
-            "train_images": sets.train.num_images,
-            "test_images": sets.test.num_images,
-            "crop_px": sets.size_px,
-            "left_out": [*sets.images.left_out, *left_out],
             "features_computed": computed,
             "features_s": round(sets.train.seconds + sets.test.seconds, 3),
-            "seconds": round(time.monotonic() - started, 3),
         },
     )
 

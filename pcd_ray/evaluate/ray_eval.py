@@ -1,7 +1,8 @@
 """``pcd-ray eval``: judge networks side by side on the cluster and write one page."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,83 +12,17 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import find_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.distill.student import Student
-from pcd_ray.errors import ConfigError, PcdError, TrainingError
+from pcd_ray.errors import ConfigError, TrainingError
 from pcd_ray.evaluate.comparison import Estimate, compare, plain
-from pcd_ray.evaluate.eval_report import write_eval_report
-from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
-from pcd_ray.evaluate.judging import Kind, judge_rows, out_folder
+from pcd_ray.evaluate.eval_places import out_folder, page_name, parts_folder
+from pcd_ray.evaluate.eval_report import Page, write_eval_report
+from pcd_ray.evaluate.judged_network import JudgedNetwork
+from pcd_ray.evaluate.judging import Kind, Measurements, judge_rows, protocol_of, story_of
 from pcd_ray.evaluate.necks import stored_student
-from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear, neighbours
-from pcd_ray.evaluate.ray_detection import judge_detection, open_detection_set
-from pcd_ray.evaluate.ray_segmentation import judge_segmentation
-from pcd_ray.evaluate.scores import Scores
-from pcd_ray.evaluate.side_by_side import (
-    classified_images,
-    detected_images,
-    look_pictures,
-    segmented_images,
-)
-from pcd_ray.evaluate.students import JudgedNetwork, Row, open_rows, stored_config
+from pcd_ray.evaluate.ray_kinds import KINDS
+from pcd_ray.evaluate.side_by_side import look_pictures
+from pcd_ray.evaluate.students import Row, open_rows, stored_config
 from pcd_ray.ray_cluster import WorkerShare, call_in_task, connect, share_for_workers
-
-_COMMON = ("images_per_forward", "image_size_px")
-
-
-def _labelled_images(config: Config) -> dict[str, str]:
-    return {"eval.knn_train": config.eval.knn_train, "eval.knn_test": config.eval.knn_test}
-
-
-def _check_neighbours(config: Config) -> None:
-    images = open_knn_images(config)
-    if images is not None:
-        neighbours(config.eval.knn_ks, images.train.num_rows)
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            name="knn",
-            title="kNN on frozen, pooled features",
-            judge=judge_knn,
-            options=(*_COMMON, "knn_train", "knn_test", "knn_ks"),
-            sets=_labelled_images,
-            check=_check_neighbours,
-            images=classified_images,
-            draws=False,
-            on_features=True,
-        ),
-        Kind(
-            name="linear",
-            title="Linear probe on frozen, pooled features",
-            judge=judge_linear,
-            options=(*_COMMON, "knn_train", "knn_test", "linear"),
-            sets=_labelled_images,
-            check=open_knn_images,
-            images=classified_images,
-            on_features=True,
-        ),
-        Kind(
-            name="segment",
-            title="Semantic segmentation",
-            judge=judge_segmentation,
-            options=(*_COMMON, "segmentation", "segmentation_size_px", "segment"),
-            sets=lambda config: {"eval.segmentation": config.eval.segmentation},
-            check=open_probe,
-            images=segmented_images,
-        ),
-        Kind(
-            name="detect",
-            title="Detection and instance segmentation",
-            judge=judge_detection,
-            options=("detect",),
-            sets=lambda config: {"eval.detect.data": config.eval.detect.data},
-            check=open_detection_set,
-            images=detected_images,
-        ),
-    )
-}
-"""What ``pcd-ray eval`` can do, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +34,8 @@ class EvalResult:
     """Folder of the page."""
     table: dict[str, dict[str, Estimate]]
     """Metric -> row -> value in percent with its interval."""
-    rows: dict[str, list[Scores]] = field(repr=False)
-    """Row -> its measurements."""
+    rows: Measurements = field(repr=False)
+    """Row -> network -> seed -> scores."""
     failures: dict[str, str] = field(default_factory=dict)
     """What could not be judged -> why."""
 
@@ -111,7 +46,11 @@ class EvalResult:
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""
-        judged = {label: measured for label, measured in self.rows.items() if measured}
+        judged = {
+            label: [scores for training in measured for scores in training]
+            for label, measured in self.rows.items()
+            if any(measured)
+        }
         return {
             "kind": self.kind,
             "table": plain(self.table),
@@ -152,42 +91,60 @@ def evaluate(kind: str, specs: Sequence[str], config: Config) -> EvalResult:
         PcdError: a network or a set cannot be had, told before anything is judged.
         TrainingError: some networks could not be judged; all others are on the page.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"eval {kind!r} is none of {', '.join(KINDS)}; choose one of these")
-    chosen = KINDS[kind]
-    _check_sets(chosen, config)
+    chosen = _kind(kind)
     if not specs:
         raise ConfigError(f"eval {kind}: nothing to judge; give a run, a file or a timm name")
+    _check_given(chosen, config)
     rows = open_rows(specs, config)
+    data = chosen.open(config)
+    for note in chosen.notes(data, config):
+        sys.stderr.write(f"note: {note}\n")
     out = out_folder(specs[0], config)
     storage.check_writable(out)
     share = _share(config)
-    measured, failures = judge_rows(chosen, rows, config, out=out, device=share.device)
-    table = compare({label: scores for label, scores in measured.items() if scores})
-    result = EvalResult(kind, storage.join(out, kind), table, measured, failures)
-    looks: dict[str, bytes] = {}
-    try:
-        looks = _looks(chosen, rows, config, share)
-    except PcdError as error:  # scores are what was asked for
-        failures["pictures"] = " ".join(str(error).splitlines())
-    _write(result, chosen, rows, config, looks)
+    page = _page(chosen, data, config, share.device)
+    protocol = protocol_of(chosen, data, config, share.device)
+    parts = parts_folder(specs[0], config)
+    measured, failures = judge_rows(
+        chosen, rows, data, config, protocol=protocol, parts=parts, device=share.device
+    )
+    name = page_name(kind, chosen.method(config), page.sets, protocol)
+    result = EvalResult(kind, storage.join(out, name), compare(measured), measured, failures)
+    _write(result, page, rows, config, {})  # pictures may fail in ways that nobody can catch
+    looks = _looks(result, chosen.images, data, rows, config, share)
+    _write(result, page, rows, config, looks)
     if failures:
         reasons = "; ".join(f"{part} ({why})" for part, why in failures.items())
         raise TrainingError(
-            f"eval {kind}: not judged: {reasons}; the rest is in {result.report}, and the same "
-            "command goes on from there"
+            f"eval {kind}: not judged or drawn: {reasons}; the rest is in {result.report}, and the "
+            "same command goes on from there"
         )
     return result
 
 
-def _check_sets(kind: Kind, config: Config) -> None:
+def _page(kind: Kind, data: Any, config: Config, device: str) -> Page:
+    return Page(
+        title=kind.title(config),
+        sets=kind.sets(config),
+        facts={**kind.facts(data, config, device), "device": device},
+        notes=kind.notes(data, config),
+        fine_tuned=kind.fine_tunes(config),
+    )
+
+
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        raise ConfigError(f"eval {name!r} is none of {', '.join(KINDS)}; choose one of these")
+    return KINDS[name]
+
+
+def _check_given(kind: Kind, config: Config) -> None:
     missing = [option for option, uri in kind.sets(config).items() if not uri]
     if missing:
         raise ConfigError(
             f"eval {kind.name}: {' and '.join(missing)} not given; write "
             + " ".join(f"{option}=FOLDER" for option in missing)
         )
-    kind.check(config)
 
 
 def _share(config: Config) -> WorkerShare:
@@ -201,18 +158,37 @@ def _share(config: Config) -> WorkerShare:
     )
 
 
-def _looks(kind: Kind, rows: Sequence[Row], config: Config, share: WorkerShare) -> dict[str, bytes]:
-    """Draw the first network of each row on the same images."""
-    drawn: dict[str, bytes] = call_in_task(
-        _drawn,
-        [row.networks[0] for row in rows],
-        _necks(rows),
-        kind.images(config),
-        config.eval.pixel,
-        config.eval.image_size_px or config.augment.image_size_px,
-        share=replace(share, device="cpu"),
-    )
-    return drawn
+def _looks(
+    result: EvalResult,
+    images: Callable[[Any, Config], list[Image.Image]],
+    data: Any,
+    rows: Sequence[Row],
+    config: Config,
+    share: WorkerShare,
+) -> dict[str, bytes]:
+    """Draw the first network of each row that could be judged, on the same images.
+
+    What fails is noted in the result, by picture.
+    """
+    judged = [row for row in rows if any(result.rows[row.label])]
+    if not judged:
+        return {}
+    try:
+        drawn, failed = call_in_task(
+            _drawn,
+            [row.networks[0] for row in judged],
+            _necks(judged),
+            images(data, config),
+            config.eval.pixel,
+            config.eval.image_size_px or config.augment.image_size_px,
+            share=replace(share, device="cpu"),
+        )
+    except Exception as error:  # scores are what was asked for
+        result.failures["pictures"] = story_of(error)
+        return {}
+    result.failures.update(failed)
+    looks: dict[str, bytes] = drawn
+    return looks
 
 
 def _necks(rows: Sequence[Row]) -> dict[str, Student]:
@@ -231,28 +207,30 @@ def _drawn(
     images: Sequence[Image.Image],
     pixel: tuple[float, float],
     size_px: int,
-) -> dict[str, bytes]:
+) -> tuple[dict[str, bytes], dict[str, str]]:
     return look_pictures(networks, images, pixel=pixel, size_px=size_px, necks=necks)
 
 
 def _write(
     result: EvalResult,
-    kind: Kind,
+    page: Page,
     rows: Sequence[Row],
     config: Config,
     looks: Mapping[str, bytes],
 ) -> None:
+    """Write the page, its numbers and its pictures; none of an earlier call stay."""
+    figures = storage.join(result.path, "figures")
+    storage.delete_folder(figures)
     for name, png in looks.items():
-        storage.write_bytes(storage.join(result.path, "figures", name), png)
+        storage.write_bytes(storage.join(figures, name), png)
     write_eval_report(
         result.report,
-        title=kind.title,
+        page,
         table=result.table,
-        rows=result.rows,
-        sources={row.label: ", ".join(n.source for n in row.networks) for row in rows},
+        measured=result.rows,
+        rows=rows,
         failures=result.failures,
         looks=looks,
-        sets=kind.sets(config),
         config=config,
     )
     text = json.dumps(result.summary(), indent=2)

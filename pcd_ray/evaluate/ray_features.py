@@ -28,7 +28,7 @@ from pcd_ray.evaluate.feature_store import (
     set_sha256,
 )
 from pcd_ray.evaluate.features import pooled_features
-from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.ray_cluster import resources, share_for_pool
 
 

@@ -6,10 +6,8 @@ after the driver has died.
 
 import functools
 import shutil
-import sys
 import tempfile
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.train
@@ -32,13 +30,15 @@ from pcd_ray.checkpoint import (
 )
 from pcd_ray.config import Config, config_from_values, config_to_values
 from pcd_ray.evaluate.finetune import (
-    FinetuneSettings,
     FinetuneStep,
     FinetuneTask,
     finetune_steps,
     fingerprint,
     new_state,
 )
+from pcd_ray.evaluate.finetune_log import FinetuneLog
+from pcd_ray.evaluate.finetune_settings import FinetuneSettings
+from pcd_ray.evaluate.judging import Place
 from pcd_ray.ray_cluster import connect, share_for_workers
 from pcd_ray.ray_events import Event, EventSender
 from pcd_ray.ray_fit import fit, until_it_cannot
@@ -46,44 +46,55 @@ from pcd_ray.ray_fit import fit, until_it_cannot
 _MOST_LOADERS = 16  # threads that decode images, for one worker
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a fine-tuning."""
+
+    weights: dict[str, Tensor]
+    """After the last step, on the CPU."""
+    history: list[dict[str, Any]]
+    """Losses and learning rate of the steps that were logged."""
+
+
 def finetune(
     task: FinetuneTask,
     settings: FinetuneSettings,
     *,
-    folder: str,
+    place: Place,
     num_workers: int,
     device: str,
     config: Config,
-) -> dict[str, Tensor]:
+) -> Trained:
     """Fine-tune on Ray Train workers, or go on where this was interrupted.
 
-    Its checkpoints lie in a subfolder of ``folder`` named after the `fingerprint` of task and
-    settings: what was trained with others is neither taken up nor overwritten.
+    Its checkpoints lie in a subfolder of ``place.work`` named after the `fingerprint` of task and
+    settings: what was trained with others is neither taken up nor overwritten. Losses lie in
+    ``metrics.jsonl`` of ``place.part``.
 
     Args:
         task: what is learned.
         settings: how.
-        folder: URI that all workers can write to.
+        place: folders that all workers can write to.
         num_workers: Ray Train workers, one GPU each on cuda.
         device: ``cpu`` or ``cuda``.
         config: of the evaluation; ``train.cpus_per_worker``, ``threads_per_worker`` and
             ``max_failures`` are used, and it is stored with the checkpoints.
 
-    Returns:
-        The network's weights after the last step, on the CPU.
-
     Raises:
         PcdError: what a user can mend; checkpoints stay.
     """
-    place = folder_of(task, settings, folder=folder)
-    done = latest_checkpoint(place)
+    folder = folder_of(task, settings, folder=place.work)
+    log = FinetuneLog(storage.join(place.part, "metrics.jsonl"), settings.steps)
+    done = latest_checkpoint(folder)
     if done is None or done.state["step"] < settings.steps:
-        _fit(task, settings, place, num_workers=num_workers, device=device, config=config)
-        done = latest_checkpoint(place)
+        try:
+            _fit(task, settings, folder, log, num_workers=num_workers, device=device, config=config)
+        finally:
+            log.flush()
+        done = latest_checkpoint(folder)
     assert done is not None
     assert done.state["step"] == settings.steps
-    weights: dict[str, Tensor] = done.state["model"]
-    return weights
+    return Trained(done.state["model"], log.history)
 
 
 def folder_of(task: FinetuneTask, settings: FinetuneSettings, *, folder: str) -> RunFolder:
@@ -92,10 +103,11 @@ def folder_of(task: FinetuneTask, settings: FinetuneSettings, *, folder: str) ->
     return RunFolder(storage.join(storage.absolute(folder), fingerprint(task, matters)))
 
 
-def _fit(
+def _fit(  # noqa: PLR0913 - what, how and where
     task: FinetuneTask,
     settings: FinetuneSettings,
     folder: RunFolder,
+    log: FinetuneLog,
     *,
     num_workers: int,
     device: str,
@@ -109,7 +121,6 @@ def _fit(
         threads_per_worker=config.train.threads_per_worker,
         cpus_per_data_task=config.data.cpus_per_task,
     )
-    progress = _Progress(settings.steps)
     fit(
         _worker,
         {
@@ -122,40 +133,18 @@ def _fit(
         share=share,
         num_workers=num_workers,
         max_failures=config.train.max_failures,
-        on_event=progress.show,
+        on_event=functools.partial(_note, log),
     )
 
 
-class _Progress:
-    """Lines of progress on the driver's stderr."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._first: tuple[int, float] | None = None  # step and time from which the rate counts
-
-    def show(self, event: Event) -> None:
-        """Print what a worker tells."""
-        if event.kind == "resumed":
-            self._first = (event.step, time.monotonic())
-            words = f"fine-tuning from step {event.step} of {self._steps}"
-        elif event.kind == "metrics":
-            words = self._line(event)
-        else:
-            words = event.text
-        print(words, file=sys.stderr, flush=True)  # noqa: T201 - stdout holds results alone
-
-    def _line(self, event: Event) -> str:
-        step, since = self._first or (event.step, time.monotonic())
-        done, elapsed_s = event.step - step, time.monotonic() - since
-        step_s = elapsed_s / done if done else 0.0
-        losses = " ".join(
-            f"{name} {value:.3f}" for name, value in event.values.items() if name != "lr"
-        )
-        return (
-            f"step {event.step}/{self._steps} | {step_s:.2f} s/step | "
-            f"ETA {(self._steps - event.step) * step_s / 60:.1f} min | {losses} | "
-            f"lr {event.values['lr']:.2g}"
-        )
+def _note(log: FinetuneLog, event: Event) -> None:
+    """Note what a worker tells."""
+    if event.kind == "resumed":
+        log.resumed(event.step)
+    elif event.kind == "metrics":
+        log.metrics(event.step, event.values)
+    else:
+        log.say(event.text)
 
 
 def _worker(values: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ class Scores:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Metric -> 95% bootstrap interval over the test images, where it can be had: how far another
     draw of test images would move the value, not another training."""
+    test_images: dict[str, int] = field(default_factory=dict)
+    """Metric -> images that its interval is over."""
     classes: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """Metric -> class -> value; None: the class occurs nowhere."""
     pictures: dict[str, bytes] = field(default_factory=dict)
@@ -32,7 +34,7 @@ class Scores:
 
 
 def bootstrap_interval(
-    statistic: Callable[[Tensor], Tensor], num_images: int, *, seed: int
+    statistic: Callable[[Tensor], Tensor], num_images: int, *, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """Return the 95% percentile interval of a statistic over resampled test images.
 
@@ -40,10 +42,11 @@ def bootstrap_interval(
         statistic: maps how often each image was drawn, (R, N) float64, to R values.
         num_images: N > 0.
         seed: of the resamples; equal seeds give equal draws for all networks.
+        resamples: R in all; the statistic gets some of them at a time.
     """
     random = torch.Generator().manual_seed(seed)
     values = []
-    for count in _chunks(RESAMPLES, max(1, 2**22 // num_images)):
+    for count in _chunks(resamples, max(1, 2**22 // num_images)):
         drawn = torch.randint(num_images, (count, num_images), generator=random)
         times = torch.zeros(count, num_images, dtype=torch.float64)
         times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))

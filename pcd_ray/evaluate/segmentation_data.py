@@ -10,7 +10,6 @@ Shapes: B images, L classes, H x W pixels of the network's input, Y x X pixels o
 
 import io
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,6 @@ from pcd_ray.errors import ShardError
 VOID = 255
 """Label of pixels that are not judged."""
 
-_READS = 8  # at once
 _SPLITS = ("train", "val", "test")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _LAYOUT = "a segmentation set has images/, masks/, classes.txt, train.txt and val.txt"
@@ -55,10 +53,15 @@ class SegmentationData:
             ShardError: a file is damaged, the two differ in size, or a label is out of range.
         """
         image, mask = self.decoded(name)
-        if self.size_px and self.size_px != image.height:
-            width = max(1, round(image.width * self.size_px / image.height))
-            image = image.resize((width, self.size_px), Image.Resampling.BILINEAR)
+        if self.resized_size(image) != image.size:
+            image = image.resize(self.resized_size(image), Image.Resampling.BILINEAR)
         return np.asarray(image), mask
+
+    def resized_size(self, image: Image.Image) -> tuple[int, int]:
+        """Return width and height that an image is judged in."""
+        if not self.size_px or self.size_px == image.height:
+            return image.width, image.height
+        return max(1, round(image.width * self.size_px / image.height)), self.size_px
 
     def decoded(self, name: str) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Return an id's image as it is stored, in RGB, and its labels of the same size.
@@ -67,20 +70,12 @@ class SegmentationData:
             ShardError: as for `example`.
         """
         image = _decoded(self.images[name]).convert("RGB")
-        return image, self.labels(name, size=image.size)
+        return image, self._labels(name, image.size)
 
-    def labels(self, name: str, *, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-        """Return the labels of an id's mask.
-
-        Args:
-            name: the id.
-            size: width and height of its image, which the mask must have; None: read them from it.
-
-        Raises:
-            ShardError: as for `example`.
-        """
+    def _labels(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return the labels of an id's mask, whose image has this width and height."""
         mask = _decoded(self.masks[name])
-        self._check_mask(name, mask, size or _size_of(self.images[name]))
+        self._check_mask(name, mask, size)
         labels = np.asarray(mask)
         if self.relabel:
             labels = np.array(self.relabel, np.uint8)[labels]
@@ -125,21 +120,6 @@ class SegmentationData:
                 f"choose one of these or write {split}.txt"
             )
         return self.splits[split]
-
-    def pixels_per_class(self, split: str) -> NDArray[np.int64]:
-        """Return how many pixels of a split each class has, (L,); reads and checks all masks.
-
-        Raises:
-            ShardError: as for `names` and `example`.
-        """
-        with ThreadPoolExecutor(_READS) as pool:
-            counts = list(pool.map(self._pixels_of, self.names(split)))
-        total: NDArray[np.int64] = np.stack(counts).sum(axis=0)
-        return total
-
-    def _pixels_of(self, name: str) -> NDArray[np.int64]:
-        labels = self.labels(name)
-        return np.bincount(labels.ravel(), minlength=VOID + 1)[: len(self.classes)]
 
     def _check_mask(self, name: str, mask: Image.Image, size: tuple[int, int]) -> None:
         if mask.mode not in ("L", "P"):
@@ -239,14 +219,6 @@ def _decoded(uri: str) -> Image.Image:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PNG: SyntaxError
         raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
     return image
-
-
-def _size_of(uri: str) -> tuple[int, int]:
-    """Return width and height of an image without decoding its pixels."""
-    try:
-        return Image.open(io.BytesIO(storage.read_bytes(uri))).size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
 
 
 def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:

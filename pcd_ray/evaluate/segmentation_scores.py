@@ -38,6 +38,7 @@ def segmentation_scores(
         scores.intervals.update(
             {before + name: each for name, each in _intervals(images, seed=seed).items()}
         )
+        scores.test_images.update({before + name: len(images) for name in exact})
         scores.classes[f"{before}iou"] = {
             name: None if math.isnan(value) else value for name, value in whole.iou_pct.items()
         }

@@ -1,26 +1,25 @@
 """What several networks make of the same images, drawn side by side."""
 
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from pcd_ray import storage
 from pcd_ray.config import Config
 from pcd_ray.data.decode import decode_rgb
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import ConfigError
-from pcd_ray.evaluate.detection_data import open_detection
-from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
+from pcd_ray.evaluate.detection_data import DetectionData
+from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps
-from pcd_ray.evaluate.pixel_pictures import draw_pixel_pictures
-from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.evaluate.judged_network import JudgedNetwork
+from pcd_ray.evaluate.judging import story_of
+from pcd_ray.evaluate.pixel_pictures import pixel_pictures
+from pcd_ray.evaluate.segment_set import SegmentSet
 
 _IMAGES = 5
 _ZOOM = 3  # side of the images, in sides of training views: a finer map is easier read
@@ -33,8 +32,8 @@ def look_pictures(
     pixel: tuple[float, float],
     size_px: int,
     necks: Mapping[str, Student] | None = None,
-) -> dict[str, bytes]:
-    """Draw all networks' maps of the same images; return file name -> PNG.
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Draw all networks' maps of the same images; return file name -> PNG, and what failed -> why.
 
     Args:
         networks: at least one, with different labels.
@@ -46,17 +45,25 @@ def look_pictures(
     backbones = {network.label: network.backbone() for network in networks}
     side = _ZOOM * size_px if _take(backbones, _ZOOM * size_px) else size_px
     pixels = torch.from_numpy(np.stack([_square(image, side) for image in images]))
-    maps: Mapping[str, Tensor] = {
-        label: frozen_map(backbone, pixels) for label, backbone in backbones.items()
-    }
-    drawn = {"pca_maps.png": pca_maps(pixels, maps)}
-    return drawn | draw_pixel_pictures(backbones, pixels, pixel=pixel, necks=necks)
+
+    def maps() -> bytes:
+        found = {label: frozen_map(backbone, pixels) for label, backbone in backbones.items()}
+        return pca_maps(pixels, found)
+
+    pictures = {"pca_maps.png": maps}
+    pictures |= pixel_pictures(backbones, pixels, pixel=pixel, necks=necks)
+    drawn: dict[str, bytes] = {}
+    failed: dict[str, str] = {}
+    for name, draw in pictures.items():
+        try:
+            drawn[name] = draw()
+        except Exception as error:  # whatever its cause, the others can be drawn
+            failed[name] = story_of(error)
+    return drawn, failed
 
 
-def classified_images(config: Config) -> list[Image.Image]:
+def classified_images(images: KnnImages, config: Config) -> list[Image.Image]:
     """Return a few images of ``eval.knn_test``, evenly spread."""
-    images = open_knn_images(config)
-    assert images is not None  # checked before anything is judged
     rows = _spread(images.test.num_rows)
     entries = images.test.take(rows).to_pylist()
     contents = read_image_bytes(
@@ -67,21 +74,16 @@ def classified_images(config: Config) -> list[Image.Image]:
     return [decode_rgb(content, max_pixels=config.data.max_pixels) for content in contents]
 
 
-def segmented_images(config: Config) -> list[Image.Image]:
+def segmented_images(opened: SegmentSet, config: Config) -> list[Image.Image]:
     """Return a few validation images of ``eval.segmentation``, evenly spread."""
-    data = open_probe(config)
-    assert data is not None  # checked before anything is judged
-    names = data.names("val")
-    chosen = [names[row] for row in _spread(len(names))]
-    return [
-        Image.open(io.BytesIO(storage.read_bytes(data.images[name]))).convert("RGB")
-        for name in chosen
-    ]
+    del config
+    names = opened.data.names("val")
+    return [opened.data.decoded(names[row])[0] for row in _spread(len(names))]
 
 
-def detected_images(config: Config) -> list[Image.Image]:
+def detected_images(data: DetectionData, config: Config) -> list[Image.Image]:
     """Return a few validation images of ``eval.detect.data``, evenly spread."""
-    images = open_detection(config.eval.detect.data, masks=False).val.images
+    images = data.val.images
     chosen = [images[row] for row in _spread(len(images))]
     return [image.pixels(max_pixels=config.data.max_pixels) for image in chosen]
 

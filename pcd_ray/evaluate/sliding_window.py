@@ -53,7 +53,7 @@ def windowed_logits(logits: Logits, image: Tensor, *, window_px: int, stride_px:
     Windows begin every ``stride_px`` pixels; the last of each side ends where the image does.
     """
     height, width = image.shape[:2]
-    stride = stride_px or max(1, 2 * window_px // 3)
+    stride = stride_px or default_stride(window_px)
     total: Tensor | None = None
     seen = torch.zeros(height, width, device=image.device)
     for top in window_starts(height, window_px, stride):
@@ -68,6 +68,11 @@ def windowed_logits(logits: Logits, image: Tensor, *, window_px: int, stride_px:
             seen[rows, columns] += 1
     assert total is not None
     return total / seen
+
+
+def default_stride(window_px: int) -> int:
+    """Return two thirds of a window's side."""
+    return max(1, 2 * window_px // 3)
 
 
 def window_starts(full: int, window: int, stride: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Networks to judge, by what a user calls them.
 
 untrained                 the student as it was before training
+untrained@SEED            another one, as ``run.seed=SEED`` would begin
 teacher, teacher_2        a run's teachers
 runs/pcd                  a run (its newest checkpoint) or one of its checkpoints
 student.safetensors       an exported student, or any weights file that `train` takes as teacher
@@ -9,11 +10,10 @@ resnet18.a1_in1k          a timm name: its own pretrained weights
 LABEL:A,B,C               several of them in one row, such as the seeds of one recipe
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,91 +21,17 @@ from torch import Tensor
 from pcd_ray import storage
 from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
 from pcd_ray.config import Config, StudentConfig, TeacherConfig, config_from_values
-from pcd_ray.distill.backbones import Backbone, build_backbone, build_whole, is_known
+from pcd_ray.distill.backbones import Backbone, is_known
 from pcd_ray.distill.build import build_student, load_teacher
 from pcd_ray.distill.weights import load_backbone, read_weights, tensors_sha256
 from pcd_ray.errors import ConfigError, PcdError, WeightsError, naming
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 
 UNTRAINED = "untrained"
+_UNTRAINED = re.compile(rf"{UNTRAINED}(?:@(\d+))?")
 _TEACHERS = ("teacher", "teacher_2")
 _LABELLED = re.compile(r"([\w .+()-]+):(?!//)(.+)")
 _BODY = "backbone.body."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedNetwork:
-    """A backbone to judge, as plain data that any process can build."""
-
-    label: str
-    """Its row in tables."""
-    timm_name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of ``timm.create_model``."""
-    output_stride: int = 0
-    """Pixels per position of its map; 0: the network's own."""
-    published: bool = False
-    """Whether weights are named as those of the whole network, with its pooling, are."""
-    recentred: bool = False
-    """Whether its map is shifted to its own vector (see `distill.tokens`)."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Input normalisation in [0, 1]."""
-    weights: dict[str, Tensor] = field(repr=False)
-    """Under timm's names, without classifier."""
-    sha256: str
-    """Of the weights."""
-    source: str
-    """Where they come from, for reports."""
-    licence: str = ""
-
-    def backbone(self, *, output_stride: int | None = None) -> Backbone:
-        """Return the network in eval mode on the CPU.
-
-        Args:
-            output_stride: pixels per position of its map; None: as it is judged.
-
-        Raises:
-            ConfigError: the network has no map of this stride.
-            WeightsError: the weights do not fit it.
-        """
-        stride = self.output_stride if output_stride is None else output_stride
-        built = self._whole() if self.published and not stride else self._cut(stride)
-        if self.recentred:
-            built.recentre()
-        return built.eval()
-
-    @property
-    def identity(self) -> str:
-        """A hash of all that its features follow from."""
-        facts = [self.sha256, self.timm_name, self.kwargs, self.output_stride, self.recentred]
-        text = json.dumps([*facts, self.mean, self.std], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _cut(self, stride: int) -> Backbone:
-        built = build_backbone(
-            self.timm_name, kwargs=self.kwargs, mean=self.mean, std=self.std, output_stride=stride
-        )
-        load_backbone(built, self.weights, uri=self.source)
-        return built
-
-    def _whole(self) -> Backbone:
-        """Build it with its pooling, and without where the weights are named so."""
-        refusals: list[WeightsError] = []
-        for pooled in (True, False):
-            try:
-                built = build_whole(
-                    self.timm_name,
-                    pooled=pooled,
-                    kwargs=self.kwargs,
-                    mean=self.mean,
-                    std=self.std,
-                ).backbone
-                load_backbone(built, self.weights, uri=self.source)
-            except WeightsError as error:
-                refusals.append(error)
-            else:
-                return built
-        raise refusals[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +74,26 @@ def open_rows(specs: Sequence[str], config: Config) -> list[Row]:
         for part in parts:
             with naming(f"student {part!r}"):
                 networks.append(_opened(part, config))
+        _check_different(spec, parts, networks)
         label = label or (networks[0].label if len(networks) == 1 else _common_label(networks))
         taken = {row.label for row in rows}
         label = next(name for name in _numbered(label) if name not in taken)
         run = parts[0] if _is_run(parts[0]) else ""
         rows.append(Row(label, tuple(replace(network, label=label) for network in networks), run))
     return rows
+
+
+def _check_different(spec: str, parts: Sequence[str], networks: Sequence[JudgedNetwork]) -> None:
+    """Refuse a row that counts one network twice."""
+    first: dict[str, str] = {}
+    for part, network in zip(parts, networks, strict=True):
+        if network.identity in first:
+            raise ConfigError(
+                f"student {spec!r}: {first[network.identity]} and {part} are the same network, "
+                "which would count as two trainings; name different seeds of a recipe, such as "
+                "untrained@1,untrained@2"
+            )
+        first[network.identity] = part
 
 
 def _parts(spec: str) -> tuple[str, list[str]]:
@@ -171,7 +111,7 @@ def _common_label(networks: Sequence[JudgedNetwork]) -> str:
     shared = labels[0]
     while not all(label.startswith(shared) for label in labels):
         shared = shared[:-1]
-    return shared.rstrip("0123456789").rstrip("_-. ") or labels[0]
+    return shared.rstrip("0123456789").rstrip("_-.@ ") or labels[0]
 
 
 def _numbered(label: str) -> Sequence[str]:
@@ -179,8 +119,8 @@ def _numbered(label: str) -> Sequence[str]:
 
 
 def _opened(spec: str, config: Config) -> JudgedNetwork:
-    if spec == UNTRAINED:
-        return _of_student(UNTRAINED, config.student, config, source=f"seed {config.run.seed}")
+    if untrained := _UNTRAINED.fullmatch(spec):
+        return _untrained(spec, int(untrained[1] or config.run.seed), config)
     if spec in _TEACHERS:
         return _of_teacher(spec, config)
     if _is_run(spec):
@@ -196,8 +136,13 @@ def _opened(spec: str, config: Config) -> JudgedNetwork:
 
 
 def _is_run(spec: str) -> bool:
-    reserved = spec in (UNTRAINED, *_TEACHERS)
+    reserved = spec in _TEACHERS or _UNTRAINED.fullmatch(spec)
     return not reserved and storage.is_folder(storage.absolute(spec))
+
+
+def _untrained(label: str, seed: int, config: Config) -> JudgedNetwork:
+    begun = replace(config, run=replace(config.run, seed=seed))
+    return _of_student(label, config.student, begun, source=f"seed {seed}")
 
 
 def _of_student(
@@ -247,10 +192,36 @@ def _of_file(uri: str, arch: str) -> JudgedNetwork:
     label = storage.name_of(uri).rpartition(".")[0] or storage.name_of(uri)
     said = file.metadata
     if not str(said.get("made_by", "")).startswith("pcd_ray") or "config" not in said:
-        return _published(label, TeacherConfig(arch=arch, weights=uri, head="none"))
-    config = config_from_values(json.loads(said["config"]))
+        published = _published(label, TeacherConfig(arch=arch, weights=uri, head="none"))
+        return replace(published, source=uri)  # files of one name lie in several folders
+    config = _exported_config(uri, said["config"])
     student = _of_student(label, config.student, config, source=uri, weights=file.tensors)
     return replace(student, licence=str(said.get("teacher_licence", "")))
+
+
+def _exported_config(uri: str, text: str) -> Config:
+    """Return the options of an exported student.
+
+    Raises:
+        WeightsError: they are damaged, or of another version.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict):
+        raise WeightsError(
+            f"{uri}: 'config' in its metadata is no JSON object ({text[:40]!r} ...); export the "
+            "student again"
+        )
+    try:
+        return config_from_values(values)
+    except ConfigError as error:
+        raise WeightsError(
+            f"{uri}: the configuration in its metadata does not suit this version of pcd_ray "
+            f"({' '.join(str(error).splitlines())}); use the version that exported it, or export "
+            "the student again"
+        ) from error
 
 
 def _of_teacher(name: str, config: Config) -> JudgedNetwork:

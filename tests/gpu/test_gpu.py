@@ -1,4 +1,7 @@
-"""CUDA: the fused kernel, one mixed-precision compiled step, NCCL. Skipped without a device."""
+"""CUDA: the fused kernel, a mixed-precision compiled step, NCCL, fine-tuning, features.
+
+Skipped without a device.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -9,19 +12,27 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
-from networks import branch_of, small_backbone, small_head
+from detection_folder import write_set
+from judged import drawn_network
+from networks import branch_of, small_backbone, small_head, small_student
 from tiny import images, tiny_config, unit_rows
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcd_ray import metric_names as names
-from pcd_ray.config import Config
+from pcd_ray.config import Config, DetectConfig
 from pcd_ray.distill.build import Method, build_method, fit_pca_head, load_teacher
 from pcd_ray.distill.feature_queue import FeatureQueue, gather_rows
 from pcd_ray.distill.loss import choose_implementation, contrastive_loss
 from pcd_ray.distill.step import DistillSettings, ViewBatch
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.weights import tensors_sha256
+from pcd_ray.evaluate.detect_settings import detection_task, finetune_settings
+from pcd_ray.evaluate.detection import detect
+from pcd_ray.evaluate.detection_data import open_detection
+from pcd_ray.evaluate.features import pooled_features
+from pcd_ray.evaluate.finetune import finetune_steps, new_state, synchronised
+from pcd_ray.evaluate.finetune import unwrapped as finetuned
 from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, wrap_student
 from pcd_ray.train.metrics import mean_over_ranks
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
@@ -127,7 +138,9 @@ def test_bf16_channels_last_and_compile_train_the_same_student(weights_file: Pat
     assert tensors_sha256(method.branches[0].teacher) == method.branches[0].identity.sha256
     kept = {value.dtype for value in unwrapped(state.student).parameters()}
     assert kept == {torch.float32}, "autocast computes in bf16, weights stay"
-    assert state.queue.num_pushed == 6 * BATCH
+    queue = state.branches[0].queue
+    assert queue is not None
+    assert queue.num_pushed == 6 * BATCH
 
 
 @pytest.fixture
@@ -143,9 +156,9 @@ def nccl(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("nccl")
 def test_a_step_under_ddp_on_nccl_is_the_step_without() -> None:
     teacher = FrozenTeacher(
-        small_backbone(0, 10, batchnorm=True), small_head(0, 10, 6), rule="gate"
+        small_backbone(0, 10, batchnorm=True), small_head(0, 10, 32), rule="gate"
     ).to(CUDA)
-    student = small_backbone(1, 6).to(CUDA)
+    student = small_student(1, width=32).float().to(CUDA)
     wrapped = DistributedDataParallel(
         copy.deepcopy(student),
         device_ids=[CUDA],
@@ -155,7 +168,7 @@ def test_a_step_under_ddp_on_nccl_is_the_step_without() -> None:
     distill = DistillSettings(0.2, "fused", "same_view", 0.7)
     for module in (student, wrapped):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-        queue = FeatureQueue(21, 6, seed=0, device=CUDA)
+        queue = FeatureQueue(21, 32, seed=0, device=CUDA)
         state = TrainState(module, optimizer, [branch_of(teacher, queue, distill)])
         train_step(state, views(), settings_of(Config()), watch=False)
     assert any(p.grad is not None for p in student.parameters())
@@ -171,3 +184,53 @@ def test_nccl_carries_what_ranks_exchange() -> None:
         "a": rows[0, 0].item(),
         "b": rows[1, 1].item(),
     }
+
+
+DETECT = {
+    "steps": 16,
+    "global_batch_size": 2,
+    "lr_per_16_images": 0.24,
+    "min_short_side_px": 64,
+    "max_short_side_px": 64,
+    "max_long_side_px": 200,
+    "rois_per_image": 16,
+    "flip_prob": 0.0,
+    "log_every_steps": 1,
+    "precision": "bf16",
+}
+
+
+@pytest.mark.usefixtures("nccl")
+def test_a_detector_is_fine_tuned_in_bf16_with_synchronised_batchnorm(tmp_path: Path) -> None:
+    """One rank: statistics are its own, and what is SyncBatchNorm computes as it would of many."""
+    data = open_detection(write_set(tmp_path), masks=True)
+    options = DetectConfig(data=str(tmp_path), **DETECT)  # type: ignore[arg-type]
+    task = detection_task(drawn_network(), data, options, max_pixels=10**6, seed=0)
+    settings = finetune_settings(options, device="cuda", seed=0)
+    assert settings.sync_batchnorm
+    state = new_state(task, settings, device=CUDA)
+    state.model = synchronised(state.model).to(CUDA)
+    assert any(isinstance(each, nn.SyncBatchNorm) for each in state.model.modules())
+    losses = [
+        sum(done.losses.values())
+        for done in finetune_steps(task, settings, state, device=CUDA)
+        if done.losses is not None
+    ]
+    assert len(losses) == 16
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    detector = finetuned(state.model).eval()
+    assert {value.dtype for value in detector.parameters()} == {torch.float32}
+    image = data.val.images[0]
+    (found,) = detect(detector, [task.views.judged(image)], [(image.height, image.width)])  # type: ignore[arg-type]
+    assert found.boxes.device == torch.device("cpu")
+    assert bool(torch.isfinite(found.boxes).all())
+
+
+def test_features_on_the_device_are_those_of_the_cpu() -> None:
+    network = drawn_network()
+    pixels = images(5, 6, 64)
+    here = pooled_features(network.backbone(), pixels.split(4))
+    there = pooled_features(network.backbone().to(CUDA), pixels.split(4))
+    assert there.device == torch.device("cpu")
+    # convolutions may use TF32 (10 bits of mantissa)
+    torch.testing.assert_close(there, here, rtol=1e-2, atol=1e-2 * float(here.abs().max()))

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,11 @@ from judged import drawn_network
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.errors import ConfigError, ShardError
 from pcd_ray.evaluate import ray_detection
+from pcd_ray.evaluate.detect_settings import detection_task, open_detection_set
 from pcd_ray.evaluate.detection_figure import SHOWN_SCORE
 from pcd_ray.evaluate.detection_masks import run_lengths_of
-from pcd_ray.evaluate.ray_detection import (
-    detection_task,
-    found_results,
-    judge_detection,
-    open_detection_set,
-)
+from pcd_ray.evaluate.judging import Place
+from pcd_ray.evaluate.ray_detection import found_results, judge_detection
 from pcd_ray.evaluate.scores import Scores
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -52,7 +49,12 @@ def config_of(data: str, **more: object) -> Config:
 def judged(config: Config, folder: Path) -> Scores:
     with contextlib.redirect_stderr(io.StringIO()):
         return judge_detection(
-            drawn_network("resnet10t"), config, folder=str(folder), seed=0, device="cpu"
+            drawn_network("resnet10t"),
+            open_detection_set(config),
+            config,
+            place=Place(str(folder), str(folder)),
+            seed=0,
+            device="cpu",
         )
 
 
@@ -69,12 +71,14 @@ def test_a_detector_is_judged_and_what_is_stored_is_reused(
     assert list(scores.classes) == ["box_ap", "mask_ap"]
     assert set(scores.classes["box_ap"]) == {"red", "blue"}
     assert scores.pictures["detections.png"].startswith(b"\x89PNG")
-    about = {key: scores.about[key] for key in ("steps", "train_images", "test_objects")}
-    assert about == {"steps": 3, "train_images": 4, "test_objects": 6}
+    about = {key: scores.about[key] for key in ("train_objects", "val_objects")}
+    assert about == {"train_objects": 8, "val_objects": 6}
+    assert scores.intervals.keys() >= {"box_ap", "box_ap50", "mask_ap", "mask_ap75"}
+    assert scores.test_images["box_ap"] == 3
+    assert scores.pictures["training.png"].startswith(b"\x89PNG")
 
-    (place,) = folder.iterdir()
-    stored = place / "detections.json"
-    assert not (place / "parts").exists()
+    stored = folder / "detections.json"
+    assert not (folder / "parts").exists()
     assert {result["category_id"] for result in json.loads(stored.read_text())} <= {3, 7}
 
     # what was stored is scored as it is: perfect detections in its place give 100
@@ -90,9 +94,9 @@ def test_a_detector_is_judged_and_what_is_stored_is_reused(
     stored.write_text(json.dumps(perfect))
     again = judged(config, folder)
     assert again.values["box_ap"] == again.values["mask_ap"] == pytest.approx(100)
-    checkpoints = sorted(os.listdir(place / "checkpoints"))
+    shutil.rmtree(folder / "work")  # as once scores are stored: nothing is trained again
     assert judged(config, folder).values == again.values
-    assert sorted(os.listdir(place / "checkpoints")) == checkpoints
+    assert not (folder / "work").exists()
 
 
 def _run_lengths(box: list[float]) -> object:

@@ -1,16 +1,20 @@
 """`pcd-ray eval` on real Ray: one command, one page, and nothing judged twice."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from stored_run import store_run
 from tiny_run import write_images
 
 from pcd_ray.cli import main
+from pcd_ray.errors import ClusterError
 from pcd_ray.evaluate.ray_eval import config_for, evaluate
 from pcd_ray.evaluate.students import open_rows
+from pcd_ray.ray_cluster import WorkerShare, call_in_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -27,33 +31,48 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return store_run(root, 3, eval=sets)[0].uri
 
 
+def parts_of(run: str) -> dict[Path, int]:
+    """What is stored for all runs beside this one, and since when."""
+    parts = Path(run).parent / "eval" / "parts"
+    return {path: path.stat().st_mtime_ns for path in parts.rglob("*.*")}
+
+
 def test_one_command_gives_a_table_a_page_and_parts(
     run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", "knn", run, "--compare", "untrained", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert [row["student"] for row in summary["table"]] == ["stored", "untrained"]
-    assert summary["scores"]["knn_top1"]["stored"]["count"] == 1
+    assert summary["scores"]["knn_top1"]["stored"]["measurements"] == 1
     assert list(summary["scores"]) == ["knn_top1", "knn_k1", "knn_k10", "knn_k20"]
-    assert json.loads(Path(run, "eval/knn/summary.json").read_text()) == summary
-    page = Path(run, "eval/knn/report.html").read_text()
+    folder = Path(summary["path"])
+    assert (folder.parent, folder.name[:4]) == (Path(run, "eval"), "knn-")
+    assert summary["report"] == str(folder / "report.html")
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    page = (folder / "report.html").read_text()
     assert "stored" in page
     assert page.count("data:image/png") >= 3, "maps, similarity, receptive fields"
-    assert Path(run, "eval/knn/figures/attention_stored.png").exists(), "the run has a neck"
-    parts = {path: path.stat().st_mtime_ns for path in Path(run, "eval/parts").rglob("*.*")}
+    assert (folder / "figures/attention_stored.png").exists(), "the run has a neck"
+    parts = parts_of(run)
+    (folder / "figures" / "attention_other.png").write_bytes(b"of an earlier call")
     assert main(["eval", "knn", run, "--compare", "untrained"]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["student", "knn_top1", "knn_k1", "knn_k10", "knn_k20"]
+    assert not (folder / "figures" / "attention_other.png").exists()
+    told = capsys.readouterr()
+    table = told.out.splitlines()
+    heads = ["student", "knn_top1", "knn_k1", "knn_k10", "knn_k20", "95%", "over"]
+    assert table[0].split() == heads
+    assert table[1].endswith("12 test images")
+    assert told.err.count("note: k = 100, 200: eval.knn_train has 24 images") == 1
     assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing was done twice"
 
 
 def test_the_probe_uses_the_features_of_knn(run: str) -> None:
     config = config_for([run])
-    before = {path: path.stat().st_mtime_ns for path in Path(run, "eval/parts").rglob("*.parquet")}
+    before = {path: time for path, time in parts_of(run).items() if path.suffix == ".parquet"}
     assert before, "kNN came first"
     result = evaluate("linear", [run], config)
-    assert result.rows["stored"][0].about["features_computed"] == 0
-    after = {path: path.stat().st_mtime_ns for path in Path(run, "eval/parts").rglob("*.parquet")}
+    assert result.rows["stored"][0][0].about["features_computed"] == 0
+    after = {path: time for path, time in parts_of(run).items() if path.suffix == ".parquet"}
     assert after == before
 
 
@@ -70,8 +89,31 @@ def test_a_network_that_has_diverged_costs_its_own_row_alone(
     words = ["eval", "knn", run, f"{file}@{network.timm_name}", out]
     assert main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "not judged: diverged, seed 0" in error
+    name = f"diverged ({file}), seed 0"
+    assert f"not judged or drawn: {name}" in error
     assert "infinite or NaN" in error
-    summary = json.loads((tmp_path / "out/knn/summary.json").read_text())
+    (page,) = (tmp_path / "out").glob("knn-*")
+    summary = json.loads((page / "summary.json").read_text())
     assert [row["student"] for row in summary["table"]] == ["stored"]
-    assert "infinite or NaN" in summary["failures"]["diverged, seed 0"]
+    assert list(summary["failures"]) == [name], "pictures of the others are drawn"
+    assert "infinite or NaN" in summary["failures"][name]
+    assert (page / "figures" / "pca_maps.png").exists()
+
+
+def test_what_a_task_dies_of_is_told_in_words() -> None:
+    share = WorkerShare("cpu", cpus=0.0, threads=1)
+
+    def die() -> None:
+        os._exit(1)
+
+    def fill() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def doubled(value: int) -> int:
+        return 2 * value
+
+    with pytest.raises(ClusterError, match="a process that computes died"):
+        call_in_tasks(die, [()], share=share)
+    with pytest.raises(ClusterError, match=r"there was not enough memory \(CUDA out of memory"):
+        call_in_tasks(fill, [()], share=share)
+    assert call_in_tasks(doubled, [(2,), (1,)], share=share) == [4, 2]

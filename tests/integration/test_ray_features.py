@@ -19,18 +19,16 @@ from pcd_ray.data.augment import eval_view, views_of_bytes
 from pcd_ray.data.ray_views import recipe_from
 from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.evaluate.classify_settings import crops_and_flips, linear_settings, open_images
 from pcd_ray.evaluate.feature_store import MANIFEST, read_features
 from pcd_ray.evaluate.features import pooled_features
+from pcd_ray.evaluate.judged_network import JudgedNetwork
+from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.knn import knn_top1_pct
 from pcd_ray.evaluate.linear_probe import ProbeState, ProbeTask, fit_cached, probe_steps
-from pcd_ray.evaluate.ray_classify import (
-    crops_and_flips,
-    judge_knn,
-    judge_linear,
-    linear_settings,
-)
+from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear
 from pcd_ray.evaluate.ray_features import StoredFeatures, store_features
-from pcd_ray.evaluate.students import JudgedNetwork, open_rows
+from pcd_ray.evaluate.students import open_rows
 from pcd_ray.seeds import derive_seed
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -168,20 +166,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("judged")
 
 
+def place_in(folder: Path) -> Place:
+    return Place(str(folder), f"{folder}/part")
+
+
 def test_scores_are_those_of_features_computed_directly_and_share_them(
     config: Config, network: JudgedNetwork, folder: Path
 ) -> None:
-    scores = judge_knn(network, config, folder=str(folder), seed=0, device="cpu")
+    scores = judge_knn(
+        network, open_images(config), config, place=place_in(folder), seed=0, device="cpu"
+    )
     train, test = (direct(network, uri) for uri in (config.eval.knn_train, config.eval.knn_test))
     expected = knn_top1_pct(*train, *test, ks=(1, 10, 20))
     named = {f"knn_k{k}": value for k, value in expected.items()}
     assert scores.values == {"knn_top1": expected[20], **named}
     assert scores.intervals.keys() == scores.values.keys()
-    assert scores.about["left_out"] == ["k = 100, 200: eval.knn_train has 23 images"]
+    assert scores.test_images == dict.fromkeys(scores.values, 12)
     assert scores.about["features_computed"] == NUM_IMAGES + 12
     assert set(scores.classes["knn_top1"]) == set(CLASSES)
 
-    again = judge_linear(network, config, folder=str(folder), seed=0, device="cpu")
+    again = judge_linear(
+        network, open_images(config), config, place=place_in(folder), seed=0, device="cpu"
+    )
     assert again.about["features_computed"] == 0
     settings = linear_settings(config.eval.linear, seed=0)
     probe = fit_cached(*train, settings, device=torch.device("cpu"))
@@ -207,7 +213,9 @@ def test_augmented_views_train_the_probe_as_planned_and_an_interruption_is_not_n
         config.eval.linear, views="augmented", epochs=3, global_batch_size=8, base_lrs=(0.1, 1.0)
     )
     config = replace(config, eval=replace(config.eval, linear=linear))
-    whole = judge_linear(network, config, folder=str(folder), seed=5, device="cpu")
+    whole = judge_linear(
+        network, open_images(config), config, place=place_in(folder), seed=5, device="cpu"
+    )
     state = only_state(folder)
     assert state["step"] == math.ceil(3 * NUM_IMAGES / 8)
 
@@ -233,14 +241,16 @@ def test_augmented_views_train_the_probe_as_planned_and_an_interruption_is_not_n
     assert pooled.std(dim=0).max() > 0
 
     torch.save(half, state_file(folder))
-    again = judge_linear(network, config, folder=str(folder), seed=5, device="cpu")
+    again = judge_linear(
+        network, open_images(config), config, place=place_in(folder), seed=5, device="cpu"
+    )
     resumed = only_state(folder)
     torch.testing.assert_close(resumed["weight"], state["weight"], rtol=1e-3, atol=1e-5)
     assert again.values == whole.values
 
 
 def state_file(folder: Path) -> Path:
-    (found,) = folder.glob("linear-*.pt")
+    (found,) = folder.glob("part/work/linear-*.pt")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
@@ -22,7 +23,8 @@ from pcd_ray.checkpoint import checkpoint_steps
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.errors import TrainingError
-from pcd_ray.evaluate.finetune import FinetuneSettings
+from pcd_ray.evaluate.finetune_settings import FinetuneSettings
+from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.ray_finetune import finetune, folder_of
 from pcd_ray.seeds import derive_seed
 
@@ -66,14 +68,23 @@ class GatedTask(SmallTask):
         return super().example(index, seed)
 
 
+def place_in(folder: Path) -> Place:
+    return Place(str(folder), str(folder))
+
+
 def run(
     task: SmallTask, settings: FinetuneSettings, folder: Path, config: Config = CONFIG
 ) -> tuple[dict[str, torch.Tensor], str]:
     with contextlib.redirect_stderr(io.StringIO()) as console:
-        weights = finetune(
-            task, settings, folder=str(folder), num_workers=1, device="cpu", config=config
+        trained = finetune(
+            task,
+            settings,
+            place=place_in(folder),
+            num_workers=1,
+            device="cpu",
+            config=config,
         )
-    return weights, console.getvalue()
+    return trained.weights, console.getvalue()
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -88,7 +99,10 @@ def test_it_is_the_loop_and_a_finished_one_is_taken_as_it_is(tmp_path: Path) -> 
     assert_equal(weights, trained_state(TASK, settings).state_dict()["model"])
     assert "fine-tuning from step 0 of 7" in console
     assert "step 7/7 |" in console
-    assert checkpoint_steps(folder_of(TASK, settings, folder=str(tmp_path))) == [6, 7]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 8)]
+    assert set(json.loads(lines[0])) == {"step", "class", "norm", "lr"}
+    assert checkpoint_steps(folder_of(TASK, settings, folder=place_in(tmp_path).work)) == [6, 7]
     again, console = run(TASK, settings, tmp_path)
     assert_equal(again, weights)
     assert console == ""
@@ -114,7 +128,7 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_bits(tmp_path: 
     (awaited,) = EpochPlan(((100, 1.0),), order).rows(40, 41)[1].tolist()  # of step 10
     gate = tmp_path / "gate"
     task = GatedTask(100, batchnorm=True, awaited=awaited, gate=str(gate))
-    place = folder_of(task, settings, folder=str(tmp_path))
+    place = folder_of(task, settings, folder=place_in(tmp_path).work)
     killed: list[int] = []
 
     def kill_one() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_config
 
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.errors import ConfigError, ShardError, TrainingError
+from pcd_ray.errors import ConfigError, TrainingError
+from pcd_ray.evaluate.judged_network import JudgedNetwork
+from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.ray_segmentation import judge_segmentation
 from pcd_ray.evaluate.scores import Scores
-from pcd_ray.evaluate.students import JudgedNetwork
+from pcd_ray.evaluate.segment_set import open_segment_set
+from pcd_ray.evaluate.students import open_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluate"))
 from segmentation_folder import painted, random_mask, write_set
@@ -67,7 +72,14 @@ def config_of(uri: str, **segment: Any) -> Config:
 
 def judged(network: JudgedNetwork, config: Config, place: Path) -> tuple[Scores, str]:
     with contextlib.redirect_stderr(io.StringIO()) as console:
-        scores = judge_segmentation(network, config, folder=str(place), seed=0, device="cpu")
+        scores = judge_segmentation(
+            network,
+            open_segment_set(config),
+            config,
+            place=Place(str(place), str(place)),
+            seed=0,
+            device="cpu",
+        )
     return scores, console.getvalue()
 
 
@@ -78,7 +90,7 @@ def assert_complete(scores: Scores) -> None:
     assert list(scores.classes["iou"]) == ["sky", "road", "tree"]
     for name in ("segmentation.png", "confusion.png", "test_confusion.png"):
         assert Image.open(io.BytesIO(scores.pictures[name])).width > 200
-    assert scores.about["images"] == {"train": 9, "val": 5, "test": 3}
+    assert scores.test_images == {name: 3 if "test" in name else 5 for name in names}
     pixels = np.array(scores.about["confusion"]["val"])
     assert pixels.sum() == 5 * 64 * 96
     assert scores.values["aacc"] == pytest.approx(100 * np.trace(pixels) / pixels.sum())
@@ -93,18 +105,23 @@ def test_the_probe_and_the_fcn_are_judged_alike(
     fcn, console = judged(network, config, tmp_path)
     assert_complete(fcn)
     assert "step 20/20 |" in console
-    about = {name: fcn.about[name] for name in ("steps", "crop_px", "window_px", "output_stride")}
-    assert about == {"steps": 20, "crop_px": 64, "window_px": 64, "output_stride": 8}
+    assert (probe.about["output_stride"], fcn.about["output_stride"]) == (32, 8)
+    assert Image.open(io.BytesIO(fcn.pictures["training.png"])).width > 200
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1  # each 20 steps
     again, console = judged(network, config, tmp_path)
     assert console == ""  # nothing is trained twice
     assert (again.values, again.about) == (fcn.values, fcn.about)
+    assert again.pictures == fcn.pictures
 
 
 def test_sets_and_networks_that_cannot_be_used_are_told_before_anything_is_trained(
     folder: str, network: JudgedNetwork, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"eval\.segmentation is empty; give the folder"):
-        judged(network, config_of(""), tmp_path)
+    fixed = open_rows(["vit:untrained"], tiny_config(student={"backbone": "test_vit"}))
+    config = config_of(folder)
+    small = replace(config, eval=replace(config.eval, segmentation_size_px=40))  # 40 x 60 px
+    with pytest.raises(ConfigError, match=r"^eval\.segmentation_size_px=40 does not split"):
+        judged(fixed[0].networks[0], small, tmp_path)
     weights = {name: value.clone() for name, value in network.weights.items()}
     first = next(value for name, value in weights.items() if name.endswith("conv1.weight"))
     first.fill_(1e38)  # finite: what comes of it is not
@@ -119,19 +136,3 @@ def test_sets_and_networks_that_cannot_be_used_are_told_before_anything_is_train
     )
     with pytest.raises(TrainingError, match=r"^features: 1 of 1 images have infinite or NaN"):
         judged(broken, config_of(folder, method="fcn"), tmp_path)
-
-
-def test_masks_are_looked_through_and_empty_classes_are_noted(
-    network: JudgedNetwork, tmp_path: Path
-) -> None:
-    masks = [np.minimum(random_mask(seed, height=64, width=96, block=32), 1) for seed in range(4)]
-    pairs = [(painted(mask), mask) for mask in masks]
-    uri = write_set(tmp_path / "set", {"train": pairs[:3], "val": pairs[3:]})
-    scores, _ = judged(network, config_of(uri), tmp_path)
-    assert scores.about["notes"] == [
-        "no training pixel has class tree: it cannot be learned",
-        "no pixel of val has class tree",
-    ]
-    Image.fromarray(masks[0] + 7).save(tmp_path / "set" / "masks" / "train_01.png")
-    with pytest.raises(ShardError, match=r"eval\.segmentation: .*train_01\.png: labels \[7, 8\]"):
-        judged(network, config_of(uri, method="fcn"), tmp_path)

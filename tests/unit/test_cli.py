@@ -193,3 +193,9 @@ def test_a_script_of_jobs_is_the_verb(tmp_path: Path) -> None:
     assert found.returncode == 2
     assert found.stderr.startswith("error: ")
     assert "holds no complete checkpoint" in found.stderr
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear", "segment"])
+def test_a_fraction_is_of_detection_alone(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", kind, "untrained", "--fraction", "0.1"]) == 2
+    assert "error: --fraction=0.1 shortens detection alone; leave it out" in capsys.readouterr().err

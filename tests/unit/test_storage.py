@@ -88,6 +88,12 @@ def test_files_are_listed_below_a_folder_and_deleted_with_it(tmp_path: Path) -> 
     assert storage.list_files(top) == expected[:1]
 
 
+def test_a_listing_says_when_files_were_written(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    (file,) = storage.list_files(str(tmp_path))
+    assert file.modified_ns == (tmp_path / "a").stat().st_mtime_ns
+
+
 def test_local_uris_mean_the_same_in_every_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.detection import BoxHead, DetectionBatch, Detector, detect, taps_of
+from pcd_ray.evaluate.finetune import synchronised
 
 MEAN, STD = (0.48, 0.45, 0.41), (0.23, 0.22, 0.21)
 SIZES = ((64, 96), (96, 70))
@@ -182,3 +183,23 @@ def test_weights_of_the_body_have_timms_names() -> None:
     detector = Detector(backbone, num_classes=1, masks=False)
     held = {n.removeprefix("body.") for n in detector.state_dict() if n.startswith("body.")}
     assert held == weights.keys()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "mobilenetv3_small_100"])
+def test_no_batchnorm_stays_local_when_statistics_are_synchronised(name: str) -> None:
+    """In the backbone, timm's own kinds included, in pyramid, box head and mask head."""
+    torch.manual_seed(0)
+    detector = Detector(build_backbone(name), num_classes=CLASSES, masks=True)
+    local = norms_of(detector)
+    assert not any(isinstance(norm, nn.SyncBatchNorm) for norm in local.values())
+    parts = {".".join(path.split(".")[:2]) for path in local}
+    assert parts >= {"fpn.inner_blocks", "roi_heads.box_head", "roi_heads.mask_head"}
+    assert any(path.startswith("body.") for path in local)
+    found = norms_of(synchronised(detector))
+    assert found.keys() == local.keys()
+    assert [path for path, norm in found.items() if not isinstance(norm, nn.SyncBatchNorm)] == []
+
+
+def norms_of(network: nn.Module) -> dict[str, nn.Module]:
+    kind = nn.modules.batchnorm._BatchNorm
+    return {path: each for path, each in network.named_modules() if isinstance(each, kind)}

@@ -1,5 +1,6 @@
 """What a detector is trained on, and that it learns."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,13 @@ from detection_folder import SIZE, record, write_set
 from judged import drawn_network
 
 from pcd_ray.config import DetectConfig
+from pcd_ray.evaluate.detect_settings import detection_task, finetune_settings
 from pcd_ray.evaluate.detection import detect
 from pcd_ray.evaluate.detection_ap import average_precision, results_of
 from pcd_ray.evaluate.detection_data import open_detection
 from pcd_ray.evaluate.detection_examples import DetectionViews
-from pcd_ray.evaluate.detection_task import DetectionTask, content_of, taking_part
+from pcd_ray.evaluate.detection_task import DetectionTask, taking_part
 from pcd_ray.evaluate.finetune import finetune_steps, new_state
-from pcd_ray.evaluate.ray_detection import detection_task, finetune_settings
 
 HEIGHT, WIDTH = SIZE
 CPU = torch.device("cpu")
@@ -145,11 +146,36 @@ def test_a_fraction_shortens_schedule_and_images(task_of: Callable[..., Detectio
     assert len(task.images("val")) == 2  # of 3
 
 
+def test_a_preset_sees_as_many_images_whatever_the_batch() -> None:
+    usual = finetune_settings(DetectConfig(), device="cpu", seed=0)
+    small = finetune_settings(DetectConfig(global_batch_size=4), device="cpu", seed=0)
+    assert (small.steps, small.milestones) == (360_000, (240_000, 320_000))
+    assert small.steps * 4 == usual.steps * 16
+    assert small.lr * 4 == pytest.approx(usual.lr)
+    given = finetune_settings(DetectConfig(global_batch_size=4, steps=7), device="cpu", seed=0)
+    assert given.steps == 7
+
+
 def test_other_annotations_are_another_task(tmp_path: Path) -> None:
-    before = content_of(open_detection(write_set(tmp_path), masks=True))
+    before = open_detection(write_set(tmp_path), masks=True).sha256
     train = record(4)
     train["annotations"][0]["area"] = 1.0
-    assert content_of(open_detection(write_set(tmp_path, train), masks=True)) != before
+    assert open_detection(write_set(tmp_path, train), masks=True).sha256 != before
+
+
+def test_a_process_opens_the_set_once(
+    task_of: Callable[..., DetectionTask], tmp_path: Path
+) -> None:
+    """What is sent to a worker is without the set; there, threads find one that is open."""
+    task = task_of()
+    content = pickle.dumps(task)
+    images = task.images("train")
+    sent = pickle.loads(content)
+    assert "opened" not in vars(sent)
+    assert sent == task
+    assert sent.num_images == len(images)
+    (tmp_path / "instances_train.json").unlink()  # it is not read again
+    assert torch.equal(sent.example(1, seed=0).image, task.example(1, seed=0).image)
 
 
 def trained(task_of: Callable[..., DetectionTask], steps: int) -> tuple[DetectionTask, Any, Any]:

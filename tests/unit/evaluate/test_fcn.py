@@ -15,9 +15,9 @@ from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.confusion import confusion_matrix, score_of
 from pcd_ray.evaluate.fcn import Fcn, FcnSettings, FcnTask, mean_over_labelled, random_crop
 from pcd_ray.evaluate.finetune import finetune_steps, fingerprint, new_state
+from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.segmentation_data import open_segmentation
 from pcd_ray.evaluate.sliding_window import predicted_mask
-from pcd_ray.evaluate.students import JudgedNetwork
 
 PLAIN = FcnSettings(
     output_stride=8,

@@ -1,5 +1,6 @@
 """Features on storage: what is read is what was written, and nothing else is taken for it."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,3 +141,12 @@ def test_the_hash_of_a_set_is_of_its_images_and_their_order(index: pa.Table) -> 
         changed("uri", ["x", "y", "z"]),
     ]
     assert len({set_sha256(table) for table in [index, *others]}) == 1 + len(others)
+
+
+def test_an_image_that_was_written_anew_is_another_set(index: pa.Table) -> None:
+    """Same name, same size: what it shows may be another."""
+    before = set_sha256(index)
+    assert set_sha256(index) == before
+    file = Path(index.column("uri")[0].as_py())
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 10**9))
+    assert set_sha256(index) != before

@@ -11,7 +11,7 @@ from tiny import images, tiny_config
 from pcd_ray.checkpoint import find_checkpoint
 from pcd_ray.config import Config, ExportConfig, config_from_values, config_to_values
 from pcd_ray.distill.build import build_student
-from pcd_ray.errors import PcdError
+from pcd_ray.errors import ConfigError, PcdError, WeightsError
 from pcd_ray.evaluate.students import open_rows, stored_config
 from pcd_ray.export import export_checkpoint
 
@@ -78,7 +78,7 @@ def test_another_programs_file_needs_its_network_where_keys_do_not_tell(
 
 
 def test_seeds_share_a_row(tmp_path: Path) -> None:
-    runs = [store_run(tmp_path / str(seed), 3)[0].uri for seed in range(3)]
+    runs = [store_run(tmp_path / str(seed), 3, run={"seed": seed})[0].uri for seed in range(3)]
     config = find_checkpoint(runs[0]).config
     rows = open_rows([",".join(runs), f"mine:{runs[0]}", runs[1]], config)
     assert [(row.label, len(row.networks)) for row in rows] == [
@@ -104,3 +104,41 @@ def test_what_is_nothing_is_named(spec: str, words: str, config: Config) -> None
 def test_a_folder_without_checkpoint_is_no_student(tmp_path: Path, config: Config) -> None:
     with pytest.raises(PcdError, match=r"student .*holds no complete checkpoint"):
         open_rows([str(tmp_path)], config)
+
+
+def test_untrained_seeds_are_several_initialisations(config: Config) -> None:
+    (row,) = open_rows(["untrained@1,untrained@2,untrained@3"], config)
+    assert row.label == "untrained"
+    assert len({network.sha256 for network in row.networks}) == 3
+    own = open_rows(["untrained"], config)[0].networks[0]
+    assert open_rows([f"untrained@{config.run.seed}"], config)[0].networks[0].sha256 == own.sha256
+    assert [network.source for network in row.networks] == ["seed 1", "seed 2", "seed 3"]
+
+
+def test_one_network_twice_is_no_row_of_two_trainings(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"untrained and untrained are the same network"):
+        open_rows(["A:untrained,untrained"], config)
+    with pytest.raises(ConfigError, match=r"untrained@0 are the same network"):
+        open_rows(["A:untrained,untrained@0"], config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "{not json",
+            r"'config' in its metadata is no JSON object \('\{not json' \.\.\.\); export the",
+        ),
+        ("[1]", "is no JSON object"),
+        ('{"later": {"section": 1}}', "does not suit this version of pcd_ray .*later.*; use the v"),
+    ],
+)
+def test_a_file_of_another_version_is_called_that(
+    text: str, words: str, config: Config, tmp_path: Path
+) -> None:
+    network = open_rows(["untrained"], config)[0].networks[0]
+    file = str(tmp_path / "later.safetensors")
+    metadata = {"made_by": "pcd_ray 9.9", "config": text}
+    safetensors.torch.save_file(network.weights, file, metadata)
+    with pytest.raises(WeightsError, match=words):
+        open_rows([file], config)

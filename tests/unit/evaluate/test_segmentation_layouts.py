@@ -74,7 +74,7 @@ def test_voc_trains_on_the_augmented_masks_where_they_are(tmp_path: Path) -> Non
     assert len(data.names("train")) == 4
     assert "SegmentationClassAug" in data.masks["2008_000001"]
     assert "SegmentationClass/" in data.masks["2007_000033"]  # val stays as published
-    np.testing.assert_array_equal(data.labels("2008_000002"), labels(4, [0, 1, 15, 20, 255]))
+    np.testing.assert_array_equal(data.decoded("2008_000002")[1], labels(4, [0, 1, 15, 20, 255]))
     bare = open_layout(
         str(write_voc(tmp_path / "bare", augmented=True, listed=False)), preset="voc12"
     )
@@ -117,7 +117,7 @@ def test_cityscapes_as_downloaded_has_19_classes(tmp_path: Path) -> None:
     }
     assert (len(data.classes), data.classes[0], data.classes[18]) == (19, "road", "bicycle")
     raw = labels(1, [*range(34), 255])
-    mask = data.labels("ulm/ulm_000000_000019")
+    mask = data.decoded("ulm/ulm_000000_000019")[1]
     for value in np.unique(raw):
         wanted = list(CITYSCAPES_LABELS).index(value) if value in CITYSCAPES_LABELS else 255
         assert set(mask[raw == value].tolist()) == {wanted}

@@ -101,3 +101,21 @@ def test_other_splits_are_named_and_the_matrix_is_there() -> None:
 def test_a_split_without_labels_is_refused() -> None:
     with pytest.raises(ShardError, match="0 labelled pixels"):
         segmentation_scores({"val": [torch.zeros(5, 5, dtype=torch.int64)]}, CLASSES, seed=0)
+
+
+def test_a_class_in_one_image_does_not_shift_the_draws() -> None:
+    """Half of the draws would leave out, or score 0, what one of many images shows."""
+    common = torch.tensor([[80, 20, 0], [20, 80, 0], [0, 0, 0]])
+    rare = torch.tensor([[80, 18, 2], [20, 80, 0], [40, 55, 5]])  # its class has an IoU of 5%
+    confused = torch.tensor([[80, 18, 2], [20, 80, 0], [0, 0, 0]])  # predicted, not there
+    images = [*[common] * 10, *[confused] * 10, rare]
+    counts = ImageCounts.of(images)
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(images), (4000, len(images)), generator=random)
+    times = torch.zeros(4000, len(images), dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    whole = score_of(sum_of(images), ["a", "b", "rare"])
+    found = counts.scores(times)
+    # left out in 36% of draws, the class moves the mean by 0.36 x (64 - 5) x 1 / 3 > 6 points
+    assert float(found["miou"].mean()) == pytest.approx(whole.miou_pct, abs=0.5)
+    assert float(found["macc"].mean()) == pytest.approx(whole.macc_pct, abs=0.5)

@@ -4,7 +4,7 @@ import pytest
 
 from pcd_ray.config import EvalConfig, config_from_values
 from pcd_ray.errors import ConfigError
-from pcd_ray.evaluate.ray_classify import DEFAULT_KS, linear_settings, neighbours
+from pcd_ray.evaluate.classify_settings import DEFAULT_KS, linear_settings, neighbours
 
 
 def test_usual_numbers_of_neighbours_beyond_the_set_are_left_out_and_said() -> None:
