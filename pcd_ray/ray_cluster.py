@@ -3,13 +3,16 @@
 Resource names and how CPUs are shared between training workers and data tasks are decided here.
 """
 
+import base64
 import logging
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.util
 
 from pcd_ray.errors import ClusterError, PcdError
 
@@ -48,12 +51,8 @@ class WorkerShare:
         return {"CPU": self.cpus, "memory": 1}
 
 
-def connect(*, dashboard: bool = False) -> ClusterResources:
+def connect() -> ClusterResources:
     """Join the cluster of ``RAY_ADDRESS``, or start Ray on this machine; twice is once.
-
-    Args:
-        dashboard: start a Ray of this machine with its dashboard, for this machine alone. What Ray
-            Train reserved for a run that somebody else ends is freed by asking it.
 
     Raises:
         ClusterError: the named cluster does not answer, or Ray does not start here.
@@ -69,7 +68,7 @@ def connect(*, dashboard: bool = False) -> ClusterResources:
                 address=address,
                 logging_level=logging.WARNING,
                 log_to_driver=False,
-                include_dashboard=dashboard if alone else None,
+                include_dashboard=False if alone else None,
                 object_store_memory=_object_store_bytes() if alone else None,
             )
         except Exception as error:  # Ray's own kinds, and bare ones when it starts too slowly
@@ -228,6 +227,33 @@ def explained_death(error: BaseException) -> ClusterError | None:
             "command again, on a larger machine if need be"
         )
     return None
+
+
+def current_reservation(owner: str) -> str:
+    """Return what is reserved for this process's group of workers, as text; empty: nothing is.
+
+    Args:
+        owner: name of an actor that lives as long as the process that runs the workers.
+    """
+    group = ray.util.get_current_placement_group()
+    return "" if group is None else base64.b64encode(pickle.dumps((owner, group))).decode()
+
+
+def free_reservation(reservation: str) -> bool:
+    """Give back what `current_reservation` named, once its owner is gone; return whether it is.
+
+    Ray Train leaves it reserved when the process that runs it is ended by somebody else, unless a
+    dashboard answers. While the owner lives it would only reserve anew.
+    """
+    if not reservation:
+        return True
+    owner, group = pickle.loads(base64.b64decode(reservation))
+    try:
+        ray.get_actor(owner)
+    except ValueError:
+        ray.util.remove_placement_group(group)
+        return True
+    return False
 
 
 def _cpus_per_worker(

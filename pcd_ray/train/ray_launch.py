@@ -1,7 +1,7 @@
 """Config -> TorchTrainer -> result: what the driver does."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -56,16 +56,12 @@ class TrainResult:
         return {"path": self.path, "checkpoint": self.checkpoint, **self.metrics}
 
 
-OnMetrics = Callable[[int, float, Mapping[str, float]], None]
-"""Is told optimiser step, epoch and values of each line of metrics, on a thread of its own."""
-
-
-def train(config: Config, *, on_metrics: OnMetrics | None = None) -> TrainResult:
+def train(config: Config, *, listener: Callable[[Event], None] | None = None) -> TrainResult:
     """Train a student, or go on with the run of this name where it stopped.
 
     Args:
         config: the run.
-        on_metrics: is told each line of metrics as it arrives, e.g. by a sweep that may stop it.
+        listener: is told what the workers tell, on a thread of its own, e.g. by a sweep.
 
     Returns:
         The finished run, judged, with its report written.
@@ -84,7 +80,7 @@ def train(config: Config, *, on_metrics: OnMetrics | None = None) -> TrainResult
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
             build_caches(config, found.shards, share=found.share, say=log.say)
-            _fit(config, folder, found.share, log, on_metrics)
+            _fit(config, folder, found.share, log, listener)
     finally:
         log.close()
     log.say("judging the student")
@@ -230,19 +226,19 @@ def _fit(
     folder: RunFolder,
     share: WorkerShare,
     log: RunLog,
-    on_metrics: OnMetrics | None,
+    listener: Callable[[Event], None] | None,
 ) -> None:
     """Train on the workers, passing on what they tell."""
 
     def on_event(event: Event) -> None:
         if event.kind == "metrics":
             log.metrics(event.step, event.epoch, event.values)
-            if on_metrics is not None:
-                on_metrics(event.step, event.epoch, event.values)
         elif event.kind == "resumed":
             log.resume_at(event.step)
-        else:
+        elif event.kind == "say":
             log.say(event.text)
+        if listener is not None:
+            listener(event)
 
     fit(
         train_worker,

@@ -50,6 +50,7 @@ from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.evaluate.segmentation import linear_probe_miou
 from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
+from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
 from pcd_ray.train.loop import (
@@ -97,6 +98,7 @@ class _Run:
         self.config = config
         self.folder = RunFolder.of(config)
         self.place = _Place(context.get_world_rank(), context.get_world_size(), device)
+        self._mailbox = mailbox
         self.events = EventSender(mailbox if self.place.rank == 0 else None)
         self.shards = open_shards(config.data.shards)
         self.plan = EpochPlan(self.shards.plan_sources, config.run.seed)
@@ -115,6 +117,7 @@ class _Run:
 
     def train(self) -> None:
         """Restore, train, evaluate and checkpoint until the last step."""
+        self.events.reserved(current_reservation(self._mailbox))
         self._restore()
         self._measure_references()
         self.events.resumed(self.state.step)

@@ -154,7 +154,7 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
     Raises:
         KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
     """
-    have = connect(dashboard=True)  # without it a stopped trial's workers stay reserved
+    have = connect()
     device = dry_run(config).device  # refuses what no trial could run with
     many = trials_at_a_time(config, have, device=device)
     trials_uri = folder.file("trials")
