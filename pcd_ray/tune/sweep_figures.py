@@ -60,8 +60,8 @@ def sweep_figures(study: optuna.Study, *, score: str, cost: str) -> dict[str, by
 def importances(scored: optuna.Study) -> dict[str, float]:
     """Return each option's share in what separates the best tenth of trials from the others.
 
-    Empty where fewer than ten trials have finished or all are alike. Source: PED-ANOVA (Watanabe et al.,
-    IJCAI 2023), as Optuna has it.
+    Empty where fewer than ten trials have finished or all are alike. Source: PED-ANOVA (Watanabe et
+    al., IJCAI 2023), as Optuna has it.
     """
     if len(scored.trials) < _ENOUGH:
         return {}
