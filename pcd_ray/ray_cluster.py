@@ -3,13 +3,16 @@
 Resource names and how CPUs are shared between training workers and data tasks are decided here.
 """
 
+import base64
 import logging
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.util
 
 from pcd_ray.errors import ClusterError, PcdError
 
@@ -224,6 +227,33 @@ def explained_death(error: BaseException) -> ClusterError | None:
             "command again, on a larger machine if need be"
         )
     return None
+
+
+def current_reservation(owner: str) -> str:
+    """Return what is reserved for this process's group of workers, as text; empty: nothing is.
+
+    Args:
+        owner: name of an actor that lives as long as the process that runs the workers.
+    """
+    group = ray.util.get_current_placement_group()
+    return "" if group is None else base64.b64encode(pickle.dumps((owner, group))).decode()
+
+
+def free_reservation(reservation: str) -> bool:
+    """Give back what `current_reservation` named, once its owner is gone; return whether it is.
+
+    Ray Train leaves it reserved when the process that runs it is ended by somebody else, unless a
+    dashboard answers. While the owner lives it would only reserve anew.
+    """
+    if not reservation:
+        return True
+    owner, group = pickle.loads(base64.b64decode(reservation))
+    try:
+        ray.get_actor(owner)
+    except ValueError:
+        ray.util.remove_placement_group(group)
+        return True
+    return False
 
 
 def _cpus_per_worker(

@@ -12,7 +12,7 @@ class Event:
     """Something that rank 0 tells the driver."""
 
     kind: str
-    """``resumed``, ``metrics`` or ``say``."""
+    """``reserved``, ``resumed``, ``metrics`` or ``say``."""
     step: int
     epoch: float
     values: dict[str, float]
@@ -54,6 +54,10 @@ class EventSender:
 
     def __init__(self, name: str | None) -> None:
         self._mailbox: Any = ray.get_actor(name) if name else None
+
+    def reserved(self, reservation: str) -> None:
+        """Say what the workers hold, so that it can be freed when the driver is ended."""
+        self._put(Event("reserved", 0, 0.0, {}, reservation))
 
     def resumed(self, step: int) -> None:
         """Say from which step training starts."""

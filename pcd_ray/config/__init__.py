@@ -29,7 +29,12 @@ from pcd_ray.config.resume import MAY_CHANGE_ON_RESUME, changed_options
 from pcd_ray.config.run import ExportConfig, RunConfig
 from pcd_ray.config.schema import Config, option_names, option_value
 from pcd_ray.config.student import MhsaConfig, StudentConfig
-from pcd_ray.config.teacher import AdaptorConfig, HeadFitConfig, TeacherConfig
+from pcd_ray.config.teacher import (
+    AdaptorConfig,
+    HeadFitConfig,
+    TeacherCacheConfig,
+    TeacherConfig,
+)
 from pcd_ray.config.train import OptimConfig, TrainConfig
 from pcd_ray.config.tune import TuneConfig
 
@@ -52,6 +57,7 @@ __all__ = [
     "SegmentConfig",
     "SourceConfig",
     "StudentConfig",
+    "TeacherCacheConfig",
     "TeacherConfig",
     "TrainConfig",
     "TuneConfig",

@@ -61,6 +61,14 @@ class Config:
             "same_view (one crop) or cross_view_index (two) with loss.kind=image, which pools "
             "positions instead of pairing them",
         )
+        views = self.teacher.cache.views
+        require(
+            self.teacher_2 is None or self.teacher_2.cache.views == views,
+            "teacher_2.cache.views",
+            self.teacher_2 and self.teacher_2.cache.views,
+            f"{views} as teacher.cache.views is, since both teachers see the same views: the maps "
+            "of both are stored or of neither",
+        )
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:

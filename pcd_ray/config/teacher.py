@@ -76,6 +76,25 @@ class HeadFitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherCacheConfig:
+    """The teacher's maps of a fixed set of views: computed once, stored, read by runs [ours]."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    views: int = 0
+    """Views of each image whose maps are stored, in float16; epoch e trains on view e mod
+    ``views``, so that fewer than ``train.epochs`` come again. 0: no cache, the teacher runs in
+    every step."""
+    path: str = ""
+    """Folder that caches lie in, each named by all that its maps follow from, so that runs with
+    the same teacher, images and views share one; any URI. Empty: ``teacher_cache`` in
+    ``run.root``."""
+
+    def __post_init__(self) -> None:
+        require(self.views >= 0, "teacher.cache.views", self.views, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """The frozen network that teaches."""
 
@@ -113,6 +132,8 @@ class TeacherConfig:
     that vector. Register tokens are never part of the map."""
     adaptor: AdaptorConfig = field(default_factory=AdaptorConfig)
     """How its head takes maps."""
+    cache: TeacherCacheConfig = field(default_factory=TeacherCacheConfig)
+    """Whether its maps are computed once for all epochs and runs."""
     weight: float = 1.0
     """Weight of its loss where two teachers' losses are added up; weights are taken as they are
     given, not divided by their sum. [ours]"""

@@ -48,6 +48,8 @@ class ViewRecipe:
     """The teacher sees another crop than the student."""
     two_colours: bool
     """The teacher's view has its own colours; needed for two crops."""
+    teacher_rendered: bool = True
+    """The teacher's view is made where it is another one; its box is drawn in any case."""
 
     def __post_init__(self) -> None:
         if self.two_crops and not self.two_colours:
@@ -56,7 +58,10 @@ class ViewRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """One image's views: (S, S, 3) pixels and (5,) boxes; no teacher view where one serves both."""
+    """One image's views: (S, S, 3) pixels and (5,) boxes.
+
+    There is no teacher's view where one serves both, or where its map is stored.
+    """
 
     student: Pixels
     teacher: Pixels | None
@@ -78,13 +83,33 @@ def views_of_bytes(data: bytes, recipe: ViewRecipe, seed: int, *, max_pixels: in
     Raises:
         UnreadableImage: the bytes cannot be decoded.
     """
+    return _render(*_decoded(data, recipe, seed, max_pixels), recipe, seed)
+
+
+def teacher_view_of_bytes(data: bytes, recipe: ViewRecipe, seed: int, *, max_pixels: int) -> Pixels:
+    """Return the view alone that the teacher sees of an encoded image, as `views_of_bytes` does.
+
+    Raises:
+        UnreadableImage: the bytes cannot be decoded.
+    """
+    image, size = _decoded(data, recipe, seed, max_pixels)
+    student_box, teacher_box = _boxes(size, recipe, seed)
+    if not recipe.two_colours:
+        return _student_view(_crop(image, size, student_box, recipe.image_size_px), recipe, seed)
+    return _teacher_view(_crop(image, size, teacher_box, recipe.image_size_px), recipe, seed)
+
+
+def _decoded(
+    data: bytes, recipe: ViewRecipe, seed: int, max_pixels: int
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an image, as large as its views need, and the size of the original."""
     opened = open_image(data, max_pixels=max_pixels)
     size = upright_size(opened)
     zoom = max(
         _OVERSAMPLING * recipe.image_size_px / min(box[2:4]) for box in _boxes(size, recipe, seed)
     )
     image = finish_rgb(opened, reduce_to=(size[0] * zoom, size[1] * zoom) if zoom < 1 else None)
-    return _render(image, size, recipe, seed)
+    return image, size
 
 
 def eval_view(image: Image.Image, size_px: int) -> Pixels:
@@ -103,27 +128,36 @@ def eval_view(image: Image.Image, size_px: int) -> Pixels:
 def _render(image: Image.Image, size: tuple[int, int], recipe: ViewRecipe, seed: int) -> Views:
     """Draw and make the views of an image whose original is ``size`` pixels large."""
     student_box, teacher_box = _boxes(size, recipe, seed)
-    student_crop = _crop(image, size, student_box, recipe.image_size_px)
-    student = _coloured(
-        student_crop,
+    boxes = _array(student_box), _array(teacher_box)
+    crop = _crop(image, size, student_box, recipe.image_size_px)
+    student = _student_view(crop, recipe, seed)
+    if not (recipe.two_colours and recipe.teacher_rendered):
+        return Views(student, None, *boxes)
+    if recipe.two_crops:
+        crop = _crop(image, size, teacher_box, recipe.image_size_px)
+    return Views(student, _teacher_view(crop, recipe, seed), *boxes)
+
+
+def _student_view(crop: Image.Image, recipe: ViewRecipe, seed: int) -> Pixels:
+    view = _coloured(
+        crop,
         recipe,
         np.random.default_rng(derive_seed(seed, "student")),
         blur_prob=recipe.student_blur_prob,
         solarize_prob=recipe.student_solarize_prob,
     )
-    if not recipe.two_colours:
-        return Views(np.asarray(student), None, _array(student_box), _array(teacher_box))
-    teacher_crop = student_crop
-    if recipe.two_crops:
-        teacher_crop = _crop(image, size, teacher_box, recipe.image_size_px)
-    teacher = _coloured(
-        teacher_crop,
+    return np.asarray(view)
+
+
+def _teacher_view(crop: Image.Image, recipe: ViewRecipe, seed: int) -> Pixels:
+    view = _coloured(
+        crop,
         recipe,
         np.random.default_rng(derive_seed(seed, "teacher")),
         blur_prob=recipe.teacher_blur_prob,
         solarize_prob=recipe.teacher_solarize_prob,
     )
-    return Views(np.asarray(student), np.asarray(teacher), _array(student_box), _array(teacher_box))
+    return np.asarray(view)
 
 
 _PlainBox = tuple[int, int, int, int, bool]

@@ -5,11 +5,15 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
 from pcd_ray.config import DataConfig
 from pcd_ray.errors import ConfigError, PcdError, ShardError, TrainingError, WeightsError
@@ -161,6 +165,30 @@ def _checked(block: Batch) -> Batch:
     return block
 
 
+class _Numbers(Datasource):
+    """The numbers 0, 1, ... in a block each, as ``ray.data.range`` has them.
+
+    That one's tasks reserve a whole CPU, and what is fused with them does, whatever it asks for: a
+    machine whose workers leave less than one would wait for ever.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count = count
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return 8 * self._count
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        del parallelism, args, kwargs  # one task per number, always
+        about = BlockMetadata(num_rows=1, size_bytes=8, exec_stats=None, input_files=None)
+        return [ReadTask(partial(_one_number, n), about) for n in range(self._count)]
+
+
+def _one_number(number: int) -> list[pa.Table]:
+    return [pa.table({"id": [number]})]
+
+
 class _Unhurried:
     """Ray Data's scheduling loop, held to `_STEP_S` per step.
 
@@ -222,7 +250,9 @@ def _execution(
 
     with ray.data.DataContext.current(context):
         count = len(numbers)
-        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+        dataset = ray.data.read_datasource(
+            _Numbers(count), override_num_blocks=count, num_cpus=data.cpus_per_task
+        ).map_batches(
             made,
             batch_size=None,  # a whole block of one number; any size given would forbid fusion
             num_cpus=data.cpus_per_task,

@@ -4,8 +4,8 @@ Shapes: B images per batch, S pixels per side. Each rank runs one streaming exec
 remaining steps: chunk numbers -> one task per chunk of ``data.images_per_task`` images -> batches.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import ray
 from pcd_ray.config import AugmentConfig, DataConfig
 from pcd_ray.data.augment import ViewRecipe, eval_view, views_of_bytes
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
+from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import EpochPlan, Ints, rank_span
 from pcd_ray.data.ray_stream import Batch, Stage, stream_chunks
 from pcd_ray.data.shards import read_image_bytes
@@ -56,11 +57,13 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
     start_step: int,
     stop_step: int,
     data: DataConfig,
+    maps: Mapping[str, StoredMaps] | None = None,
 ) -> Generator[Batch]:
     """Yield this rank's batch of each optimiser step in [start_step, stop_step), in plan order.
 
-    An image's views depend on the seed, its epoch and its key alone. Close the generator to stop
-    early; Ray Data's tasks end with it.
+    An image's views depend on the seed, its epoch and its key alone; with stored maps on the number
+    of the view, which is the epoch modulo their views. Close the generator to stop early; Ray
+    Data's tasks end with it.
 
     Args:
         index: the image index of N rows.
@@ -73,25 +76,33 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
         start_step: first optimiser step.
         stop_step: end of the optimiser steps.
         data: sizes of tasks, prefetching, limits of images.
+        maps: whole maps of the teachers' views, by the teachers' names; all have the same views.
 
     Yields:
-        ``student_view`` and, unless one view serves both, ``teacher_view`` (B, S, S, 3) uint8;
-        ``student_box``, ``teacher_box`` (B, 5) float32; ``row``, ``epoch`` (B,) int64.
+        ``student_view`` and, unless one view serves both or maps are stored, ``teacher_view``
+        (B, S, S, 3) uint8; ``student_box``, ``teacher_box`` (B, 5) float32; ``row``, ``epoch``
+        (B,) int64; of each of ``maps`` ``NAME_map`` (B, D, H, W) float16.
 
     Raises:
-        ShardError: an image is gone or can no longer be decoded.
+        ShardError: an image or a map is gone or can no longer be decoded.
         StorageError: the storage fails.
     """
     share = _RankShare(plan, rank, num_ranks, global_batch_size, start_step)
     total = (stop_step - start_step) * share.batch_size
-    images = ray.put(_lean(index))
+    images = ray.put(lean_index(index))
+    stored = dict(maps or {})
+    repeat = next((each.views for each in stored.values()), 0)
+    made = replace(recipe, teacher_rendered=not stored)
 
     def views(chunk: Batch) -> Batch:
         start = int(chunk["id"][0]) * data.images_per_task
         epochs, rows = share.places(start, min(start + data.images_per_task, total))
-        return _chunk_views(
-            ray.get(images), epochs, rows, recipe, seed=seed, max_pixels=data.max_pixels
+        numbers = epochs % repeat if repeat else epochs
+        batch = _chunk_views(
+            ray.get(images), numbers, rows, made, seed=seed, max_pixels=data.max_pixels
         )
+        taught = {f"{name}_map": each.read(numbers, rows) for name, each in stored.items()}
+        return batch | taught | {"row": rows, "epoch": epochs}
 
     chunks = -(-total // data.images_per_task)
     ahead = chunks_ahead(data, share.batch_size)
@@ -184,15 +195,15 @@ def crop_chunks(
 ) -> CropChunks:
     """Return how tasks make the centre crops of ``rows``; arguments as of `eval_batches`."""
     wanted = np.asarray(rows, np.int64)
-    images = ray.put(_lean(index))
+    images = ray.put(lean_index(index))
     order = ray.put(wanted)
 
     def crops(chunk: Batch) -> Batch:
         start = int(chunk["id"][0]) * data.images_per_task
         mine = ray.get(order)[start : start + data.images_per_task]
         pixels = [
-            eval_view(_explained(decode_rgb, row, content, max_pixels=data.max_pixels), size_px)
-            for row, content in _contents(ray.get(images), mine)
+            eval_view(explained(decode_rgb, row, content, max_pixels=data.max_pixels), size_px)
+            for row, content in contents_of(ray.get(images), mine)
         ]
         return {"view": np.stack(pixels), "row": mine}
 
@@ -204,12 +215,12 @@ def chunks_ahead(data: DataConfig, batch_size: int) -> int:
     return -(-data.prefetch_batches * batch_size // data.images_per_task)
 
 
-def _lean(index: pa.Table) -> pa.Table:
+def lean_index(index: pa.Table) -> pa.Table:
     """Return the columns that tasks need, in one piece each, so that they are not copied."""
     return index.select(["key", "uri", "offset", "size"]).combine_chunks()
 
 
-def _contents(
+def contents_of(
     index: pa.Table, rows: np.ndarray[Any, Any]
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield the index entry and the encoded bytes of each row."""
@@ -222,7 +233,12 @@ def _contents(
     yield from zip(entries, contents, strict=True)
 
 
-def _explained(make: Callable[..., Any], entry: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def explained(make: Callable[..., Any], entry: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``make(*args, **kwargs)``; what it says of an image names the image.
+
+    Raises:
+        ShardError: the image cannot be decoded.
+    """
     try:
         return make(*args, **kwargs)
     except UnreadableImage as error:
@@ -231,30 +247,33 @@ def _explained(make: Callable[..., Any], entry: dict[str, Any], *args: Any, **kw
 
 def _chunk_views(
     index: pa.Table,
-    epochs: np.ndarray[Any, Any],
+    numbers: np.ndarray[Any, Any],
     rows: np.ndarray[Any, Any],
     recipe: ViewRecipe,
     *,
     seed: int,
     max_pixels: int,
 ) -> Batch:
-    """Return the views of some rows, stacked."""
+    """Return the views of some rows, stacked; ``numbers`` says which view of each."""
     made = []
-    for epoch, (entry, content) in zip(epochs.tolist(), _contents(index, rows), strict=True):
-        own_seed = derive_seed(seed, "augment", epoch, entry["key"])
+    for number, (entry, content) in zip(numbers.tolist(), contents_of(index, rows), strict=True):
+        own_seed = view_seed(seed, number, entry)
         made.append(
-            _explained(views_of_bytes, entry, content, recipe, own_seed, max_pixels=max_pixels)
+            explained(views_of_bytes, entry, content, recipe, own_seed, max_pixels=max_pixels)
         )
     batch = {
         "student_view": np.stack([views.student for views in made]),
         "student_box": np.stack([views.student_box for views in made]),
         "teacher_box": np.stack([views.teacher_box for views in made]),
-        "row": rows,
-        "epoch": epochs,
     }
-    if recipe.two_colours:
+    if recipe.two_colours and recipe.teacher_rendered:
         batch["teacher_view"] = np.stack([views.teacher for views in made])
     return batch
+
+
+def view_seed(seed: int, number: int, entry: Mapping[str, Any]) -> int:
+    """Return the seed of an image's view of this number: of its epoch, where none comes again."""
+    return derive_seed(seed, "augment", number, entry["key"])
 
 
 def rebatched(blocks: Iterator[Batch], batch_size: int) -> Iterator[Batch]:

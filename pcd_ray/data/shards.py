@@ -7,29 +7,22 @@ by its range alone, so that training can shuffle over all images without reading
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pcd_ray import storage
 from pcd_ray.data.image_index import INDEX_SCHEMA
+from pcd_ray.data.ranges import read_ranges
 from pcd_ray.errors import ShardError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
-REMOTE_READS = 16  # requests in flight: object stores answer slowly but side by side
-RETRY_PAUSES_S = (0.1, 0.5, 2.0)
-"""Waits before a read that failed is tried again."""
-_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no wait brings it back
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -208,100 +201,13 @@ def _check_whole(shards: Shards) -> None:
         )
 
 
-def by_filesystem(uris: Iterable[str]) -> list[tuple[pafs.FileSystem, dict[str, str]]]:
-    """Group URIs by the file system they share: (file system, {URI: path in it})."""
-    groups: dict[tuple[str, str], tuple[pafs.FileSystem, dict[str, str]]] = {}
-    for uri in dict.fromkeys(uris):
-        if not storage.is_remote(uri):
-            groups.setdefault(("", ""), (pafs.LocalFileSystem(), {}))[1][uri] = storage.absolute(
-                uri
-            )
-            continue
-        base, query = storage.split_query(uri)
-        scheme, _, path = base.partition("://")
-        place = (f"{scheme}://{path.partition('/')[0]}", query)
-        if place not in groups:
-            groups[place] = (storage.filesystem(place[0] + query)[0], {})
-        groups[place][1][uri] = path
-    return list(groups.values())
-
-
 def read_image_bytes(
     uris: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]
 ) -> list[bytes]:
     """Return the encoded bytes of images, each a byte range of a plain file or of a shard.
 
-    Each file is opened once; object stores are asked for several ranges at a time. A read that
-    fails is tried again after each of `RETRY_PAUSES_S`.
-
     Raises:
         ShardError: a file is missing or shorter than its range.
         StorageError: the storage goes on failing; it may be better another time.
     """
-    wanted: dict[str, list[int]] = {}
-    for row, uri in enumerate(uris):
-        wanted.setdefault(uri, []).append(row)
-    images: list[bytes] = [b""] * len(uris)
-    for fs, paths in by_filesystem(wanted):
-
-        def read(uri: str, fs: pafs.FileSystem = fs, paths: dict[str, str] = paths) -> None:
-            ranges = [(int(offsets[row]), int(sizes[row])) for row in wanted[uri]]
-            for row, data in zip(wanted[uri], _read_ranges(fs, paths[uri], ranges), strict=True):
-                images[row] = data
-
-        if isinstance(fs, pafs.LocalFileSystem):
-            for uri in paths:
-                read(uri)
-        else:
-            with ThreadPoolExecutor(min(REMOTE_READS, len(paths))) as pool:
-                list(pool.map(read, paths))
-    return images
-
-
-def _read_ranges(fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    try:
-        parts = _read_patiently(fs, path, ranges)
-    except _GONE as error:
-        raise ShardError(
-            f"{path}: cannot be read ({error}); check that it is still there"
-        ) from error
-    except OSError as error:
-        raise storage.StorageError(
-            f"{path} cannot be read: {error}; check the storage, then give the same command again"
-        ) from error
-    for (offset, size), part in zip(ranges, parts, strict=True):
-        if len(part) != size:
-            raise ShardError(
-                f"{path}: ends before byte {offset + size:,}; it has changed, pack the images again"
-            )
-    return parts
-
-
-def _read_patiently(
-    fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]
-) -> list[bytes]:
-    for pause_s in RETRY_PAUSES_S:
-        try:
-            return _read_once(fs, path, ranges)
-        except _GONE:
-            raise
-        except OSError:
-            time.sleep(pause_s)
-    return _read_once(fs, path, ranges)
-
-
-def _read_once(fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Return each range's bytes, fewer where the file ends before."""
-    if isinstance(fs, pafs.LocalFileSystem):
-        return _pread(path, ranges)
-    with fs.open_input_file(path) as file:
-        end = file.size()  # object stores fail when asked for what lies behind it
-        return [bytes(file.read_at(size, min(offset, end))) for offset, size in ranges]
-
-
-def _pread(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return [os.pread(file, size, offset) for offset, size in ranges]
-    finally:
-        os.close(file)
+    return read_ranges(uris, offsets, sizes, mend="it has changed, pack the images again")

@@ -18,7 +18,8 @@ from pcd_ray.data.image_index import (
     repeated_keys,
     with_classes,
 )
-from pcd_ray.data.shards import MANIFEST, by_filesystem, open_shards
+from pcd_ray.data.ranges import by_filesystem
+from pcd_ray.data.shards import MANIFEST, open_shards
 from pcd_ray.errors import ShardError, naming
 
 __all__ = ["IMAGE_SUFFIXES", "INDEX_SCHEMA", "is_list", "list_images", "list_sources", "open_index"]

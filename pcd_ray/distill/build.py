@@ -191,7 +191,7 @@ def stand_in_head(loaded: LoadedTeacher, fit: HeadFitConfig) -> nn.Sequential | 
 
 def save_fitted_head(uri: str, head: nn.Sequential, config: Config, loaded: LoadedTeacher) -> None:
     """Store a fitted head with what it was fitted by."""
-    metadata = {"fitted_by": _fitted_by(config, loaded)}
+    metadata = {"fitted_by": fitted_by(config, loaded)}
     storage.write_bytes(uri, safetensors.torch.save(head.state_dict(), metadata=metadata))
 
 
@@ -200,12 +200,12 @@ def stored_head(uri: str, config: Config, loaded: LoadedTeacher) -> nn.Sequentia
     if not storage.exists(uri):
         return None
     file = read_weights(uri)
-    if file.metadata.get("fitted_by") != _fitted_by(config, loaded):
+    if file.metadata.get("fitted_by") != fitted_by(config, loaded):
         return None
     return head_from_state(file.tensors)
 
 
-def _fitted_by(config: Config, loaded: LoadedTeacher) -> str:
+def fitted_by(config: Config, loaded: LoadedTeacher) -> str:
     """Return all that a fitted head follows from besides the images."""
     return json.dumps(
         {
@@ -314,10 +314,10 @@ def _branch(
     *,
     device: torch.device,
 ) -> Branch:
-    teacher = frozen.teacher.to(device)
-    if config.train.channels_last and device.type == "cuda":
-        # on CPUs depthwise convolutions in inference are far slower with channels innermost
-        teacher.backbone.use_channels_last()
+    if loaded.options.cache.views:  # it is never run: it stays off the device
+        teacher = frozen.teacher
+    else:
+        teacher = on_device(frozen.teacher, config, device)
     mse = config.loss.kind == "mse"
     settings = DistillSettings(
         kind=config.loss.kind,
@@ -327,7 +327,7 @@ def _branch(
         ),
         pairing=config.pairing.kind,
         pairing_radius=config.pairing.radius,
-        autocast=torch.bfloat16 if config.train.precision == "bf16" else None,
+        autocast=autocast_dtype(config),
         grid=loss_grid(student_map[1:], frozen.map[1:], rule=config.student.grid),
         grid_rule=config.student.grid,
     )
@@ -346,6 +346,31 @@ def _branch(
         law_error=frozen.law_error,
         teacher_map=frozen.map,
     )
+
+
+def adapted_teacher(
+    config: Config, loaded: LoadedTeacher, fitted: nn.Sequential | None
+) -> FrozenTeacher:
+    """Return a teacher alone, as `build_method` would; arguments as there.
+
+    Raises:
+        WeightsError: its head breaks the law or does not fit its backbone.
+    """
+    return _frozen(config, loaded, fitted).teacher
+
+
+def on_device(teacher: FrozenTeacher, config: Config, device: torch.device) -> FrozenTeacher:
+    """Move a teacher to where it computes."""
+    teacher = teacher.to(device)
+    if config.train.channels_last and device.type == "cuda":
+        # on CPUs depthwise convolutions in inference are far slower with channels innermost
+        teacher.backbone.use_channels_last()
+    return teacher
+
+
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """Return the data type of the networks' matrix products; None: as the weights are."""
+    return torch.bfloat16 if config.train.precision == "bf16" else None
 
 
 @contextlib.contextmanager

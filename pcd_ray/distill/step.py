@@ -35,11 +35,13 @@ class ViewBatch:
     student: Tensor
     """(B, S, S, 3) uint8."""
     teacher: Tensor
-    """(B, S, S, 3) uint8; the same tensor where one view serves both."""
+    """(B, S, S, 3) uint8; the same tensor where one view serves both, or where no teacher looks."""
     student_box: Tensor
     """(B, 5) left, top, width, height in pixels of the original image, and flip."""
     teacher_box: Tensor
     """(B, 5), likewise."""
+    teacher_maps: tuple[Tensor, ...] = ()
+    """(B, D, H, W) of each branch, where they are stored; empty: the teachers make them."""
 
     def split(self, parts: int) -> list["ViewBatch"]:
         """Cut the batch into equal parts, for gradient accumulation."""
@@ -47,14 +49,17 @@ class ViewBatch:
             return [self]
         size = len(self.student) // parts
         shared = self.teacher is self.student
+        maps = [branch.split(size) for branch in self.teacher_maps]
         return [
-            ViewBatch(s, s if shared else t, sb, tb)
-            for s, t, sb, tb in zip(
-                self.student.split(size),
-                self.teacher.split(size),
-                self.student_box.split(size),
-                self.teacher_box.split(size),
-                strict=True,
+            ViewBatch(s, s if shared else t, sb, tb, tuple(branch[part] for branch in maps))
+            for part, (s, t, sb, tb) in enumerate(
+                zip(
+                    self.student.split(size),
+                    self.teacher.split(size),
+                    self.student_box.split(size),
+                    self.teacher_box.split(size),
+                    strict=True,
+                )
             )
         ]
 
@@ -135,7 +140,7 @@ def distill_step(
     Args:
         student: maps views to a (B, D, H, W) for each branch, wrapped or not.
         branches: the teachers, in the order of the student's heads.
-        batch: views and where they were cut.
+        batch: views and where they were cut; with stored maps no teacher is run.
         num_pairs: for each branch what its loss's sum is divided by where the batch is a part of a
             larger one, from `pairs_per_part`; None: the batch's own number of pairs.
 
@@ -145,7 +150,9 @@ def distill_step(
     device, dtype = batch.student.device.type, branches[0].settings.autocast
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
         student_maps = student(batch.student)  # (B, D, H, W) each
-        teacher_maps = [branch.teacher(batch.teacher) for branch in branches]  # (B, D, H', W')
+        teacher_maps = batch.teacher_maps or [  # (B, D, H', W') each
+            branch.teacher(batch.teacher) for branch in branches
+        ]
     return [
         _compare(ours, theirs, branch.negatives, batch, branch.settings, count)
         for ours, theirs, branch, count in zip(

@@ -11,7 +11,8 @@ import pyarrow as pa
 from pcd_ray.config import Config
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.image_index import classes_of, column, relabelled
-from pcd_ray.data.shards import REMOTE_READS, read_image_bytes
+from pcd_ray.data.ranges import REMOTE_READS
+from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, naming
 from pcd_ray.evaluate.segmentation_data import SegmentationData

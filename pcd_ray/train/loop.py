@@ -40,6 +40,7 @@ HostBatch = Mapping[str, np.ndarray[Any, Any]]
 """Views on the host: ``student_view`` (B, S, S, 3) uint8 and so on, as the data path ships them."""
 
 
+_STORED_MAPS = ("teacher_map", "teacher_2_map")  # in the order of the branches
 _CALMER = "Lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.clip_grad_norm"
 
 
@@ -220,7 +221,7 @@ def train_step(
 
 
 def views_of(host: HostBatch, device: torch.device) -> ViewBatch:
-    """Move a host batch to the training device, as uint8."""
+    """Move a host batch to the training device, as uint8, and stored maps as float16."""
 
     def moved(name: str) -> Tensor:
         tensor = torch.from_numpy(host[name])
@@ -230,7 +231,8 @@ def views_of(host: HostBatch, device: torch.device) -> ViewBatch:
 
     student = moved("student_view")
     teacher = moved("teacher_view") if "teacher_view" in host else student
-    return ViewBatch(student, teacher, moved("student_box"), moved("teacher_box"))
+    maps = tuple(moved(name) for name in _STORED_MAPS if name in host)
+    return ViewBatch(student, teacher, moved("student_box"), moved("teacher_box"), maps)
 
 
 def wrap_student(student: Student, *, device: torch.device, compiled: bool) -> nn.Module:

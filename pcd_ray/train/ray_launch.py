@@ -1,7 +1,7 @@
 """Config -> TorchTrainer -> result: what the driver does."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ from pcd_ray.export import student_of
 from pcd_ray.ray_cluster import WorkerShare, connect, share_for_workers
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
+from pcd_ray.train.ray_teacher_cache import build_caches
 from pcd_ray.train.ray_worker import train_worker
 from pcd_ray.train.run_log import RunLog
 from pcd_ray.train.run_plan import RunPlan, plan_run
@@ -55,16 +56,12 @@ class TrainResult:
         return {"path": self.path, "checkpoint": self.checkpoint, **self.metrics}
 
 
-OnMetrics = Callable[[int, float, Mapping[str, float]], None]
-"""Is told optimiser step, epoch and values of each line of metrics, on a thread of its own."""
-
-
-def train(config: Config, *, on_metrics: OnMetrics | None = None) -> TrainResult:
+def train(config: Config, *, listener: Callable[[Event], None] | None = None) -> TrainResult:
     """Train a student, or go on with the run of this name where it stopped.
 
     Args:
         config: the run.
-        on_metrics: is told each line of metrics as it arrives, e.g. by a sweep that may stop it.
+        listener: is told what the workers tell, on a thread of its own, e.g. by a sweep.
 
     Returns:
         The finished run, judged, with its report written.
@@ -82,7 +79,8 @@ def train(config: Config, *, on_metrics: OnMetrics | None = None) -> TrainResult
         if found.steps_done < found.plan.steps:
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
-            _fit(config, folder, found.share, log, on_metrics)
+            build_caches(config, found.shards, share=found.share, say=log.say)
+            _fit(config, folder, found.share, log, listener)
     finally:
         log.close()
     log.say("judging the student")
@@ -114,7 +112,10 @@ def _with_absolute_places(config: Config) -> Config:
         given = {name: getattr(section, name) for name in options}
         return replace(section, **{k: storage.absolute(v) for k, v in given.items() if v})
 
-    teachers = {name: absolute(each, "weights") for name, each in config.teachers.items()}
+    teachers = {
+        name: replace(absolute(each, "weights"), cache=absolute(each.cache, "path"))
+        for name, each in config.teachers.items()
+    }
     return replace(
         config,
         run=absolute(config.run, "root"),
@@ -129,6 +130,7 @@ def _with_absolute_places(config: Config) -> Config:
 class _Checked:
     """What is known before a run starts."""
 
+    shards: Shards
     share: WorkerShare
     plan: RunPlan
     steps_done: int
@@ -162,7 +164,15 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     plan = plan_run(config, shards, device=share.device)
     if guarded is not None:
         _refuse_other_teachers(config, plan, guarded)
-    return _Checked(share, plan, 0 if stored is None else int(stored.about["step"]))
+    _check_caches_can_be_written(plan)
+    return _Checked(shards, share, plan, 0 if stored is None else int(stored.about["step"]))
+
+
+def _check_caches_can_be_written(plan: RunPlan) -> None:
+    """Refuse a cache that is to be made where nothing can be written; a whole one may be so."""
+    for cache in (plan.teacher_cache, (plan.teacher_2 or {}).get("teacher_cache")):
+        if cache is not None and cache["state"] != "whole":
+            storage.check_writable(storage.parent(cache["uri"]))
 
 
 def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:
@@ -216,19 +226,19 @@ def _fit(
     folder: RunFolder,
     share: WorkerShare,
     log: RunLog,
-    on_metrics: OnMetrics | None,
+    listener: Callable[[Event], None] | None,
 ) -> None:
     """Train on the workers, passing on what they tell."""
 
     def on_event(event: Event) -> None:
         if event.kind == "metrics":
             log.metrics(event.step, event.epoch, event.values)
-            if on_metrics is not None:
-                on_metrics(event.step, event.epoch, event.values)
         elif event.kind == "resumed":
             log.resume_at(event.step)
-        else:
+        elif event.kind == "say":
             log.say(event.text)
+        if listener is not None:
+            listener(event)
 
     fit(
         train_worker,

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
@@ -30,8 +28,9 @@ from pcd_ray.checkpoint import (
     to_host,
 )
 from pcd_ray.config import Config, config_from_values
+from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import EpochPlan
-from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
+from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import (
     FITTED_HEADS,
@@ -40,8 +39,6 @@ from pcd_ray.distill.build import (
     blaming,
     build_method,
     build_student,
-    fit_contrastive_head,
-    fit_pca_head,
     load_teachers,
     save_fitted_head,
     stored_head,
@@ -53,9 +50,9 @@ from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.evaluate.segmentation import linear_probe_miou
 from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
+from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
-from pcd_ray.seeds import derive_seed
 from pcd_ray.train.loop import (
     HostBatch,
     LoopSettings,
@@ -67,6 +64,8 @@ from pcd_ray.train.loop import (
     wrap_student,
 )
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
+from pcd_ray.train.ray_heads import fit_head, fitting_line
+from pcd_ray.train.teacher_cache import cache_of
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -99,12 +98,14 @@ class _Run:
         self.config = config
         self.folder = RunFolder.of(config)
         self.place = _Place(context.get_world_rank(), context.get_world_size(), device)
+        self._mailbox = mailbox
         self.events = EventSender(mailbox if self.place.rank == 0 else None)
         self.shards = open_shards(config.data.shards)
         self.plan = EpochPlan(self.shards.plan_sources, config.run.seed)
         self.total_steps = self.plan.total_steps(
             config.train.epochs, config.train.global_batch_size
         )
+        self.maps: dict[str, StoredMaps] = {}
         self.method = self._build_method()
         self.knn_images = open_knn_images(config)
         for line in self.knn_images.left_out if self.knn_images else ():
@@ -116,6 +117,7 @@ class _Run:
 
     def train(self) -> None:
         """Restore, train, evaluate and checkpoint until the last step."""
+        self.events.reserved(current_reservation(self._mailbox))
         self._restore()
         self._measure_references()
         self.events.resumed(self.state.step)
@@ -181,6 +183,7 @@ class _Run:
             start_step=self.state.step,
             stop_step=self.total_steps,
             data=config.data,
+            maps=self.maps,
         )
 
     def _loop_settings(self) -> LoopSettings:
@@ -203,77 +206,33 @@ class _Run:
         )
 
     def _build_method(self) -> Method:
-        teachers = []
+        teachers, caches = [], {}
         for loaded in load_teachers(self.config):
             fits = loaded.identity.head in FITTED_HEADS
             with blaming(loaded.name):
                 teachers.append((loaded, self._fitted_head(loaded) if fits else None))
-        return build_method(self.config, teachers, device=self.place.device)
+                caches[loaded.name] = cache_of(self.config, loaded, self.shards)
+        method = build_method(self.config, teachers, device=self.place.device)
+        for branch in method.branches:
+            if (cache := caches[branch.name]) is not None:
+                with blaming(branch.name):
+                    cache.check_teacher(branch.identity)
+                self.maps[branch.name] = cache.maps
+        return method
 
     def _fitted_head(self, loaded: LoadedTeacher) -> nn.Sequential:
         """Return the run's own fitted head; rank 0 fits it once."""
         uri = self.folder.fitted_head(loaded.name)
         if self.place.rank == 0 and stored_head(uri, self.config, loaded) is None:
-            loaded.backbone.to(self.place.device)
-            save_fitted_head(uri, self._fit_head(loaded), self.config, loaded)
+            self.events.say(fitting_line(loaded))
+            found = fit_head(loaded, self.shards, self.config, device=self.place.device)
+            if found.remark:
+                self.events.say(found.remark)
+            save_fitted_head(uri, found.head, self.config, loaded)
         _barrier()
-        loaded.backbone.cpu()
         fitted = stored_head(uri, self.config, loaded)
         assert fitted is not None  # rank 0 has just written it
         return fitted
-
-    def _fit_head(self, loaded: LoadedTeacher) -> nn.Sequential:
-        fit = loaded.options.fit
-        self.events.say(f"fitting the {loaded.name}'s {fit.dim}-wide {loaded.identity.head} head")
-        random = np.random.default_rng(derive_seed(self.config.run.seed, "head_fit"))
-        rows = random.permutation(self.shards.num_images)[: fit.images]
-        if loaded.identity.head == "pca":
-            return fit_pca_head(loaded, self._whole_images(rows), fit)
-        fitted = fit_contrastive_head(
-            loaded,
-            self._several_views(rows, fit.views),
-            fit,
-            num_images=len(rows),
-            seed=self.config.run.seed,
-        )
-        self.events.say(f"the head finds {fitted.top1_pct:.0f}% of images by another view of them")
-        return fitted.head
-
-    def _whole_images(self, rows: np.ndarray[Any, Any]) -> Iterator[Tensor]:
-        config = self.config
-        for views, _ in eval_batches(
-            self.shards.index,
-            rows,
-            size_px=config.augment.image_size_px,
-            batch_size=config.eval.images_per_forward,
-            data=config.data,
-        ):
-            yield torch.from_numpy(views).to(self.place.device)
-
-    def _several_views(
-        self, rows: np.ndarray[Any, Any], views: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield several training views of some images, each with its two numbers."""
-        config = self.config
-        plan = EpochPlan(((len(rows), 1.0),), config.run.seed)  # its epochs are the views
-        batch = config.eval.images_per_forward
-        for host in view_batches(
-            self.shards.index.take(pa.array(rows)),
-            plan,
-            recipe_from(config.augment, "same_view"),
-            seed=derive_seed(config.run.seed, "head_fit"),
-            rank=0,
-            num_ranks=1,
-            global_batch_size=batch,
-            start_step=0,
-            stop_step=plan.total_steps(views, batch),
-            data=config.data,
-        ):
-            yield (
-                torch.from_numpy(host["student_view"]).to(self.place.device),
-                torch.from_numpy(host["epoch"]),
-                torch.from_numpy(host["row"]),
-            )
 
     def _new_state(self) -> TrainState:
         config, device = self.config, self.place.device
@@ -323,9 +282,14 @@ class _Run:
         known = stored_references(self.folder, self.config) if self.place.rank == 0 else None
         if _from_rank_zero(known) is not None:
             return
-        networks = {branch.name: branch.teacher.backbone for branch in self.method.branches}
-        networks["untrained"] = build_student(self.config, []).backbone.to(self.place.device)
-        found = {name: self._shared_knn(network) for name, network in networks.items()}
+        found = {}
+        for branch in self.method.branches:
+            backbone = branch.teacher.backbone.to(self.place.device)
+            found[branch.name] = self._shared_knn(backbone)
+            if self.maps:  # it has nothing else to do on the device
+                backbone.cpu()
+        untrained = build_student(self.config, []).backbone.to(self.place.device)
+        found["untrained"] = self._shared_knn(untrained)
         if self.place.rank == 0:
             store_references(self.folder, self.config, found)
             listed = ", ".join(

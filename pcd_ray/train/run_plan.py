@@ -32,6 +32,7 @@ from pcd_ray.distill.step import Branch
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.eval_sets import look_through, open_probe
 from pcd_ray.train.optim import peak_learning_rate
+from pcd_ray.train.teacher_cache import cache_of
 
 _SAMPLE_IMAGES = 8
 _OPTIMIZER_COPIES = {"lars": 1, "adamw": 2}  # of the weights, beside weights and gradients
@@ -77,10 +78,13 @@ class RunPlan:
     """How much of each evaluation set was decoded to find damage before training."""
     notes: dict[str, str]
     """What a user should know of a run that can begin, by option."""
+    teacher_cache: dict[str, Any] | None = None
+    """Stored maps that take the place of the teacher: how many, their bytes, where, and whether
+    they are ``whole``, ``partial`` or ``missing``, and so made when the run begins."""
     teacher_2: dict[str, Any] | None = None
     """The second teacher: what it is, and all that is said above of the first one."""
     memory_gib_per_worker: float
-    """Estimate: weights, gradients, optimiser, queues, the student's activations, views."""
+    """Estimate: weights, gradients, optimiser, queues, the student's activations, views, maps."""
 
     @property
     def identities(self) -> dict[str, dict[str, Any]]:
@@ -88,10 +92,11 @@ class RunPlan:
         return {"teacher": self.teacher} | ({"teacher_2": self.teacher_2} if self.teacher_2 else {})
 
     def summary(self) -> dict[str, Any]:
-        """Return the plan as plain data; a second teacher is part of it where there is one."""
+        """Return the plan as plain data, without a second teacher or a cache if there is none."""
         values = asdict(self)
-        if self.teacher_2 is None:
-            del values["teacher_2"]
+        for name in ("teacher_2", "teacher_cache"):
+            if values[name] is None:
+                del values[name]
         return values
 
 
@@ -109,12 +114,15 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
     _check_sample(shards, config.data.max_pixels)
     eval_read = look_through(config)
     teachers, still_to_fit = [], set()
+    caches: dict[str, dict[str, Any]] = {}
     for loaded in load_teachers(config):
         with blaming(loaded.name):
             own_head = _own_head(config, loaded)
             if own_head is None:
                 _check_fit(config, loaded, shards.num_images)
             fitted = own_head or stand_in_head(loaded, loaded.options.fit)
+            if (cache := cache_of(config, loaded, shards)) is not None:
+                caches[loaded.name] = cache.plan()
         if fitted is not own_head:
             still_to_fit.add(loaded.name)
         teachers.append((loaded, fitted))
@@ -135,6 +143,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         shards,
         method,
         identities=identities,
+        caches=caches,
         device=device,
         eval_read=eval_read,
         notes=notes,
@@ -147,6 +156,7 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
     method: Method,
     *,
     identities: list[dict[str, str]],
+    caches: dict[str, dict[str, Any]],
     device: str,
     eval_read: dict[str, str],
     notes: dict[str, str],
@@ -161,7 +171,11 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
             f"optim.warmup_epochs={config.optim.warmup_epochs:g} covers all of train.epochs="
             f"{config.train.epochs}; use less, e.g. {config.train.epochs / 10:g}"
         )
-    first, *others = [_facts(config, method, branch, device) for branch in method.branches]
+    first, *others = [
+        _facts(config, method, branch, device)
+        | ({"teacher_cache": caches[branch.name]} if branch.name in caches else {})
+        for branch in method.branches
+    ]
     weights = [{"weight": branch.weight} for branch in method.branches]
     chance = chance_loss(config.loss.kind, config.loss.queue_size)
     return RunPlan(
@@ -313,4 +327,13 @@ def _memory_gib(config: Config, method: Method) -> float:
     negatives = [b.negatives for b in method.branches if b.negatives is not None]
     queues = sum(vectors.numel() * 4 for vectors in negatives)
     views = 2 * config.train.batch_size_per_worker * size * size * 3 * 4
-    return (weights + activations + queues + views) / 2**30
+    maps = 0
+    if config.teacher.cache.views:  # in float16
+        maps = 2 * config.train.batch_size_per_worker * sum(map(_map_numbers, method.branches))
+    return (weights + activations + queues + views + maps) / 2**30
+
+
+def _map_numbers(branch: Branch) -> int:
+    """Return D * H * W of a teacher's adapted map."""
+    channels, height, width = branch.teacher_map
+    return branch.teacher.width(channels) * height * width

@@ -7,7 +7,8 @@ from typing import Any, TextIO
 from ray import tune
 
 from pcd_ray.config import Config
-from pcd_ray.tune.ray_search import EPOCH, FINISHED, NUMBER, SCORE, VALUES
+from pcd_ray.ray_cluster import free_reservation
+from pcd_ray.tune.ray_search import EPOCH, FINISHED, NUMBER, RESERVATION, SCORE, VALUES
 from pcd_ray.tune.records import TrialRecord, records_of
 from pcd_ray.tune.space import Space
 from pcd_ray.tune.study import OVER, OpenStudy
@@ -27,6 +28,7 @@ class Progress(tune.Callback):
         self._opened = opened
         self._write = write
         self._console = console or sys.stderr
+        self._ended: list[str] = []  # what trials held that are over, until it is free
 
     def begin(self, space: Space, *, at_a_time: int, left: int) -> None:
         """Say what is going to happen."""
@@ -35,6 +37,11 @@ class Progress(tune.Callback):
         self._say(f"sweep {self._config.run.name}: {left} trials, {at_a_time} at a time{going_on}")
         for name, words in space.example().items():
             self._say(f"  {name}: {words}")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Free what stopped trials held, as soon as their processes are gone."""
+        del iteration, trials, info
+        self._ended = [held for held in self._ended if not free_reservation(held)]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say which values it has."""
@@ -53,12 +60,14 @@ class Progress(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the table and write the files."""
-        del iteration, trials, trial, info
+        del iteration, trials, info
+        self._ended.append((trial.last_result or {}).get(RESERVATION, ""))
         self._show()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say why, show the table and write the files."""
         del iteration, trials, info
+        self._ended.append((trial.last_result or {}).get(RESERVATION, ""))
         number = trial.config[NUMBER]
         reason = next(r.reason for r in records_of(self._opened) if r.number == number)
         self._say(f"trial {number} failed: {reason}")

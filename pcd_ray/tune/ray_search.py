@@ -34,6 +34,8 @@ EPOCH = "epoch"
 """Of a trial's report: epochs done."""
 FINISHED = "finished"
 """Of a trial's last report: it has trained for all of its epochs and was judged."""
+RESERVATION = "reservation"
+"""Of a trial's report: what its workers hold, for `free_reservation`."""
 NUMBER = "number"
 """Of a trial's parameters: its number in the study."""
 VALUES = "values"
@@ -89,6 +91,8 @@ class StudySearch(OptunaSearch):
     ) -> None:
         """Tell the study how a trial ended; one that the driver abandons stays running."""
         trial = self._ot_trials[trial_id]
+        if result and not error:
+            self.on_trial_result(trial_id, result)  # the last one is told here alone
         if error:
             trial.set_user_attr(REASON, self._reason(trial.number))
             self._study.tell(trial, state=TrialState.FAIL)

@@ -138,6 +138,9 @@ def places_of(
     places: dict[str, Any] = {"eval.pictures": False}
     if not config.eval.references:
         places["eval.references"] = folder.file("references")
+    for name, teacher in config.teachers.items():
+        if teacher.cache.views and not teacher.cache.path:
+            places[f"{name}.cache.path"] = folder.file("teacher_cache")
     if many > 1 and not config.train.threads_per_worker:
         cores = have.cpus / max(1, have.nodes)
         share = cores / -(-many * config.train.num_workers // max(1, have.nodes))

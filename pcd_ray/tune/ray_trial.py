@@ -9,11 +9,13 @@ from ray import tune
 from pcd_ray import metric_names as names
 from pcd_ray import storage
 from pcd_ray.config import Config, TuneConfig, config_from_values
+from pcd_ray.ray_events import Event
 from pcd_ray.train.ray_launch import TrainResult, train
 from pcd_ray.tune.ray_search import (
     EPOCH,
     FINISHED,
     NUMBER,
+    RESERVATION,
     SCORE,
     VALUES,
     reason_file,
@@ -43,7 +45,7 @@ def run_trial(
     try:
         config = config_of_trial(config_from_values(base), parameters[VALUES], number, trials_uri)
         config = trial_config(config, places)
-        result = train(config, on_metrics=_reporter(config.tune))
+        result = train(config, listener=_Reporter(config.tune))
     except Exception as error:
         storage.write_text(reason_file(trials_uri, number), _story(error))
         raise
@@ -76,15 +78,19 @@ def cost_of(result: TrainResult, options: TuneConfig) -> float:
     return float(result.metrics["training_s"])
 
 
-def _reporter(options: TuneConfig) -> Any:
-    name = _WHILE_TRAINING[options.metric]
+class _Reporter:
+    """Tells Tune the score of each epoch, and what to free should it end the trial."""
 
-    def on_metrics(step: int, epoch: float, values: Mapping[str, float]) -> None:
-        del step
-        if name in values:
-            tune.report({SCORE: values[name], EPOCH: int(epoch + 1e-6)})
+    def __init__(self, options: TuneConfig) -> None:
+        self._name = _WHILE_TRAINING[options.metric]
+        self._reservation = ""
 
-    return on_metrics
+    def __call__(self, event: Event) -> None:
+        if event.kind == "reserved":
+            self._reservation = event.text
+        elif self._name in event.values:
+            score, epoch = event.values[self._name], int(event.epoch + 1e-6)
+            tune.report({SCORE: score, EPOCH: epoch, RESERVATION: self._reservation})
 
 
 def _story(error: Exception) -> str:

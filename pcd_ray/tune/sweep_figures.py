@@ -1,8 +1,8 @@
-"""Pictures of a sweep, as PNG; parallel coordinates and the front are Optuna's own plots."""
+"""Pictures of a sweep, as PNG; parallel coordinates are Optuna's own plot."""
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -11,16 +11,17 @@ import optuna.visualization.matplotlib as plots
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pcd_ray.tune.records import STATES, score_of
 from pcd_ray.tune.study import history_of
 
 _DPI = 130
+_ENOUGH = 10  # finished trials, so that there is a best tenth
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _MARKS = {
     "finished": ("#0072b2", True),
@@ -40,9 +41,6 @@ def sweep_figures(study: optuna.Study, *, score: str, cost: str) -> dict[str, by
     """
     trials = [trial for trial in study.get_trials(deepcopy=False) if STATES[trial.state] in _MARKS]
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    of_score: dict[str, Any] = {"target_name": score}
-    if cost:
-        of_score["target"] = lambda trial: trial.values[0]
     drawn: dict[str, bytes | None] = {}
     if any(map(history_of, trials)):
         drawn["learning_curves.png"] = _learning_curves(trials, score)
@@ -50,33 +48,42 @@ def sweep_figures(study: optuna.Study, *, score: str, cost: str) -> dict[str, by
         varied = _varied(finished)
         drawn["history.png"] = _history(trials, score)
         drawn["slices.png"] = _slices(trials, varied, score)
-        drawn["importance.png"] = _importance(study, finished, **of_score)
+        scored = _of_scores_alone(finished)
+        drawn["importance.png"] = _importance(scored)
         if len(varied) > 1:
-            drawn["parallel.png"] = _optunas(
-                plots.plot_parallel_coordinate, study, params=varied, **of_score
-            )
+            drawn["parallel.png"] = _parallel(scored, varied, score)
     if cost and len(finished) > 1:
-        names = [score, cost]
-        drawn["trade_off.png"] = _optunas(plots.plot_pareto_front, study, target_names=names)
+        drawn["trade_off.png"] = _trade_off(study, finished, score, cost)
     return {name: png for name, png in drawn.items() if png}
 
 
-def importances(study: optuna.Study, **of_score: Any) -> dict[str, float]:
+def importances(scored: optuna.Study) -> dict[str, float]:
     """Return each option's share in what separates the best tenth of trials from the others.
 
-    Empty where the finished trials are too few or all alike. Source: PED-ANOVA (Watanabe et al.,
-    IJCAI 2023), as Optuna has it.
+    Empty where fewer than ten trials have finished or all are alike. Source: PED-ANOVA (Watanabe et
+    al., IJCAI 2023), as Optuna has it.
     """
-    target = of_score.get("target")
+    if len(scored.trials) < _ENOUGH:
+        return {}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # too few trials to tell any apart
-            found = get_param_importances(
-                study, evaluator=PedAnovaImportanceEvaluator(), target=target, normalize=True
-            )
+            warnings.simplefilter("error", UserWarning)  # no trial is better than the others
+            found = get_param_importances(scored, evaluator=PedAnovaImportanceEvaluator())
     except (ValueError, RuntimeError, ZeroDivisionError, UserWarning):
         return {}
     return {name: float(share) for name, share in found.items() if share == share}
+
+
+def _of_scores_alone(finished: Sequence[FrozenTrial]) -> optuna.Study:
+    """Return a study in memory of the finished trials' scores: plots know that more is better."""
+    study = optuna.create_study(direction="maximize")
+    for trial in finished:
+        study.add_trial(
+            create_trial(
+                value=trial.values[0], params=trial.params, distributions=trial.distributions
+            )
+        )
+    return study
 
 
 def _varied(trials: Sequence[FrozenTrial]) -> list[str]:
@@ -86,25 +93,41 @@ def _varied(trials: Sequence[FrozenTrial]) -> list[str]:
     return [n for n in names if len({repr(trial.params[n]) for trial in trials}) > 1] or names
 
 
-def _optunas(plot: Callable[..., Any], study: optuna.Study, **options: Any) -> bytes:
+def _parallel(scored: optuna.Study, names: Sequence[str], score: str) -> bytes:
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # our versions are pinned
-        axes = plot(study, **options)
-        first = axes.flat[0] if hasattr(axes, "flat") else axes
-        return _png(first.figure)
+        axes = plots.plot_parallel_coordinate(scored, params=list(names), target_name=score)
+        axes.set_title("")
+        return _png(axes.figure)
 
 
-def _importance(
-    study: optuna.Study, finished: Sequence[FrozenTrial], **of_score: Any
-) -> bytes | None:
-    shares = importances(study, **of_score)
+def _importance(scored: optuna.Study) -> bytes | None:
+    shares = importances(scored)
     if not shares:
         return None
     figure, (axes,) = _panels(1, width=8.0)
     figure.set_figheight(0.5 * len(shares) + 1.2)
     names = list(shares)[::-1]
     axes.barh(names, [shares[name] for name in names], color=_MARKS["finished"][0])
-    axes.set_xlabel(f"share in what separates the best of {len(finished)} finished trials")
+    axes.set_xlabel(f"share in what separates the best of {len(scored.trials)} finished trials")
+    return _png(figure)
+
+
+def _trade_off(
+    study: optuna.Study, finished: Sequence[FrozenTrial], score: str, cost: str
+) -> bytes:
+    """Draw score against cost, and the trials that no other beats in both as a line."""
+    figure, (axes,) = _panels(1, width=8.0)
+    for trial in finished:
+        axes.scatter(trial.values[1], trial.values[0], s=28, color=_MARKS["finished"][0])
+        place = (trial.values[1], trial.values[0])
+        axes.annotate(str(trial.number), place, xytext=(5, -3), textcoords="offset points")
+    front = sorted((trial.values[1], trial.values[0]) for trial in study.best_trials)
+    costs, scores = zip(*front, strict=True)
+    axes.step(costs, scores, where="post", color="#1c2026", linewidth=1, label="the front")
+    axes.set_xlabel(cost)
+    axes.set_ylabel(score)
+    axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 
@@ -154,7 +177,11 @@ def _slices(trials: Sequence[FrozenTrial], names: Sequence[str], score: str) -> 
             axes.set_xlim(-0.5, len(distribution.choices) - 0.5)
         else:
             places = [trial.params[name] for trial in asked]
-            axes.set_xscale("log" if getattr(distribution, "log", False) else "linear")
+            if getattr(distribution, "log", False):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
         _scatter(axes, asked, places)
         axes.set_xlabel(name)
     all_axes[0].set_ylabel(score)

@@ -289,6 +289,26 @@ def test_wrong_options_of_the_second_teacher_are_named_as_its_own(
         config_from_file("", [override])
 
 
+def test_both_teachers_maps_are_stored_or_neithers() -> None:
+    second = {"arch": "resnet18", "cache": {"views": 3}}
+    told = problem({"teacher_2": second})
+    assert told.startswith("teacher_2.cache.views must be 0 as teacher.cache.views is, since both")
+    assert told.endswith("got 3")
+    both = config_from_values({"teacher": {"cache": {"views": 3}}, "teacher_2": second})
+    assert [teacher.cache.views for teacher in both.teachers.values()] == [3, 3]
+    assert problem({"teacher_2": {"cache": {"views": -1}}}) == (
+        "teacher_2.cache.views must be >= 0, got -1"
+    )
+
+
+def test_a_cache_may_be_moved_but_not_be_of_other_views() -> None:
+    def with_cache(**options: Any) -> Config:
+        return config_from_values({"teacher": {"cache": options}})
+
+    assert changed_options(with_cache(path="a"), with_cache(path="b")) == []
+    assert changed_options(with_cache(), with_cache(views=2)) == ["teacher.cache.views: 0 -> 2"]
+
+
 def test_every_option_has_a_name_that_finds_it_and_harmless_ones_exist() -> None:
     names = list(option_names())
     assert len(set(names)) == len(names)

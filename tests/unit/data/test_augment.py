@@ -16,6 +16,7 @@ from pcd_ray.data.augment import (
     eval_view,
     make_views,
     shifted_hue,
+    teacher_view_of_bytes,
     views_of_bytes,
 )
 from pcd_ray.seeds import derive_seed
@@ -301,3 +302,23 @@ def test_the_evaluation_view_is_the_centre() -> None:
     view = eval_view(image, 56)
     assert view.shape == (56, 56, 3)
     assert np.array_equal(view, np.asarray(expected))
+
+
+TWO_CROPS, TWO_COLOURS = FULL, dataclasses.replace(FULL, two_crops=False)
+ONE_VIEW = dataclasses.replace(TWO_COLOURS, two_colours=False)
+
+
+@pytest.mark.parametrize("recipe", [TWO_CROPS, TWO_COLOURS, ONE_VIEW])
+@pytest.mark.parametrize("seed", range(6))
+def test_views_are_the_same_made_together_or_each_alone(recipe: ViewRecipe, seed: int) -> None:
+    """Also of JPEGs that are decoded at a reduced size, which depends on both boxes."""
+    sink = io.BytesIO()
+    _photo(640, 480).save(sink, "JPEG")
+    recipe = dataclasses.replace(recipe, min_scale=0.5, image_size_px=32)
+    both = views_of_bytes(sink.getvalue(), recipe, seed, max_pixels=10**6)
+    teacher = teacher_view_of_bytes(sink.getvalue(), recipe, seed, max_pixels=10**6)
+    assert np.array_equal(teacher, both.student if both.teacher is None else both.teacher)
+    without = dataclasses.replace(recipe, teacher_rendered=False)
+    alone = views_of_bytes(sink.getvalue(), without, seed, max_pixels=10**6)
+    assert alone.teacher is None
+    assert _same(alone, dataclasses.replace(both, teacher=None))

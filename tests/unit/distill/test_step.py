@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,3 +281,39 @@ def test_crops_that_share_nothing_teach_nothing() -> None:
     got.loss.backward()
     assert got.loss == 0
     assert not any(p.grad.any() for p in student.parameters())
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("the teacher was run")
+
+
+@pytest.mark.parametrize(
+    ("pairing", "kind"),
+    [(pairing, kind) for pairing in KINDS for kind in LOSSES if kind != "image"]
+    + [("same_view", "image"), ("cross_view_index", "image")],
+)
+def test_a_step_on_stored_maps_is_the_step_on_those_of_the_teacher(pairing: str, kind: str) -> None:
+    """Exactly, where they are exact; the teacher is not run, and the parts of a batch have theirs.
+
+    A dtype of less than float32 is widened before anything is computed of it.
+    """
+    student, teacher = small_student(), small_teacher()
+    batch = views(shared=pairing == "same_view")
+    negatives = None if kind == "mse" else unit_rows(14, 23, 6)
+    given = settings(pairing, kind=kind, grid=(4, 4))
+    half = teacher(batch.teacher).half()
+    on_maps = replace(batch, teacher=batch.student, teacher_maps=(half,))
+
+    class Rounded(nn.Module):
+        def forward(self, _: Tensor) -> Tensor:
+            return half
+
+    expected = one_step(student, Rounded(), negatives, batch, given)  # type: ignore[arg-type]
+    teacher.register_forward_pre_hook(_never)
+    got = one_step(student, teacher, negatives, on_maps, given)
+    assert torch.equal(got.loss, expected.loss)
+    assert torch.equal(got.keys, expected.keys)
+    assert got.keys.dtype == torch.float32
+    parts = on_maps.split(2)
+    assert torch.equal(torch.cat([part.teacher_maps[0] for part in parts]), half)
+    assert all(part.teacher is part.student for part in parts)

@@ -74,8 +74,7 @@ def test_trials_end_finished_stopped_or_failed(tmp_path: Path) -> None:
     searcher = search(config)
     finish(searcher, "a", 50.0)
     searcher.suggest("b")
-    searcher.on_trial_result("b", report(10.0, 1))
-    searcher.on_trial_complete("b", report(10.0, 1))
+    searcher.on_trial_complete("b", report(10.0, 1))  # Tune tells a stopped trial's last score here
     searcher.suggest("c")
     reason = Path(reason_file(RunFolder.of(config).file("trials"), 2))
     reason.parent.mkdir(parents=True)
