@@ -182,8 +182,7 @@ def _knn_hits(
 
 
 def _cached_linear(work: _Work) -> tuple[_Hits, dict[str, Any]]:
-    train = read_features(work.train_uri)
-    device = torch.device(work.device)
+    train, device = read_features(work.train_uri), torch.device(work.device)
     probe = fit_cached(train.features, train.labels, work.settings, device=device)
     return _judged(probe, work)
 
@@ -276,7 +275,6 @@ def _scores(
     about: dict[str, Any],
 ) -> Scores:
     headline = next(iter(hits))
-    computed = sets.train.num_computed + sets.test.num_computed
     return Scores(
         values={name: 100 * float(right.double().mean()) for name, right in hits.items()},
         intervals={
@@ -286,7 +284,7 @@ def _scores(
         classes={headline: _per_class(hits[headline], sets.images)},
         about={
             **about,
-            "features_computed": computed,
+            "features_computed": sets.train.num_computed + sets.test.num_computed,
             "features_s": round(sets.train.seconds + sets.test.seconds, 3),
         },
     )
