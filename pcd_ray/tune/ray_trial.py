@@ -1,5 +1,6 @@
 """One trial: a whole training run in the sweep's folder, whose scores Tune hears as they come."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -90,7 +91,8 @@ class _Reporter:
             self._reservation = event.text
         elif self._name in event.values:
             score, epoch = event.values[self._name], int(event.epoch + 1e-6)
-            tune.report({SCORE: score, EPOCH: epoch, RESERVATION: self._reservation})
+            told = {SCORE: score, EPOCH: epoch, RESERVATION: self._reservation}
+            tune.report({**told, COST: math.nan})  # Tune insists on it; known at the end
 
 
 def _story(error: Exception) -> str:
