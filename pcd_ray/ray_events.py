@@ -12,7 +12,7 @@ class Event:
     """Something that rank 0 tells the driver."""
 
     kind: str
-    """``reserved``, ``resumed``, ``metrics`` or ``say``."""
+    """``reserved``, ``resumed``, ``metrics``, ``checkpoint`` or ``say``."""
     step: int
     epoch: float
     values: dict[str, float]
@@ -66,6 +66,10 @@ class EventSender:
     def metrics(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Send a line of metrics."""
         self._put(Event("metrics", step, epoch, values))
+
+    def checkpoint(self, step: int) -> None:
+        """Say that a checkpoint of this step is under way."""
+        self._put(Event("checkpoint", step, 0.0, {}))
 
     def say(self, text: str) -> None:
         """Send a line of text."""

@@ -108,6 +108,54 @@ def rank_span(step: int, rank: int, num_ranks: int, global_batch_size: int) -> t
     return start, start + share
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlan:
+    """What one rank reads in some optimiser steps: its images, numbered 0, 1, 2, ... ."""
+
+    plan: EpochPlan
+    """The order of all images."""
+    global_batch_size: int
+    """Images per optimiser step over all ranks, G."""
+    stop_step: int
+    """End of the optimiser steps."""
+    start_step: int = 0
+    """First optimiser step."""
+    rank: int = 0
+    """This training worker."""
+    num_ranks: int = 1
+    """Training workers R."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of this rank per optimiser step, G / R.
+
+        Raises:
+            ConfigError: the global batch does not split evenly.
+        """
+        first, stop = self._span(0)
+        return stop - first
+
+    @property
+    def num_images(self) -> int:
+        """Images of this rank in all these steps."""
+        return (self.stop_step - self.start_step) * self.batch_size
+
+    def places(self, start: int, stop: int) -> tuple[Ints, Ints]:
+        """Return epoch and index row, (stop - start,) each, of images number [start, stop)."""
+        parts = []
+        while start < stop:
+            step, inside = divmod(start, self.batch_size)
+            first = self._span(self.start_step + step)[0] + inside
+            count = min(self.batch_size - inside, stop - start)
+            parts.append(self.plan.rows(first, first + count))
+            start += count
+        epochs, rows = zip(*parts, strict=True)
+        return np.concatenate(epochs), np.concatenate(rows)
+
+    def _span(self, step: int) -> tuple[int, int]:
+        return rank_span(step, self.rank, self.num_ranks, self.global_batch_size)
+
+
 def permuted(values: Ints, size: int, key: int) -> Ints:
     """Map values in [0, size) to [0, size) by a pseudo-random bijection chosen by ``key``.
 

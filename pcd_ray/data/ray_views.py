@@ -16,7 +16,7 @@ from pcd_ray.config import AugmentConfig, DataConfig
 from pcd_ray.data.augment import ViewRecipe, eval_view, views_of_bytes
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.map_store import StoredMaps
-from pcd_ray.data.plan import EpochPlan, Ints, rank_span
+from pcd_ray.data.plan import RankPlan
 from pcd_ray.data.ray_stream import Batch, Stage, stream_chunks
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.seeds import derive_seed
@@ -45,21 +45,16 @@ def recipe_from(augment: AugmentConfig, pairing_kind: str) -> ViewRecipe:
     )
 
 
-def view_batches(  # noqa: PLR0913 - a rank's whole assignment
+def view_batches(
     index: pa.Table,
-    plan: EpochPlan,
+    mine: RankPlan,
     recipe: ViewRecipe,
     *,
     seed: int,
-    rank: int,
-    num_ranks: int,
-    global_batch_size: int,
-    start_step: int,
-    stop_step: int,
     data: DataConfig,
     maps: Mapping[str, StoredMaps] | None = None,
 ) -> Generator[Batch]:
-    """Yield this rank's batch of each optimiser step in [start_step, stop_step), in plan order.
+    """Yield a rank's batch of each of its optimiser steps, in plan order.
 
     An image's views depend on the seed, its epoch and its key alone; with stored maps on the number
     of the view, which is the epoch modulo their views. Close the generator to stop early; Ray
@@ -67,14 +62,9 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
 
     Args:
         index: the image index of N rows.
-        plan: the order of its rows.
+        mine: which of them, in which order.
         recipe: how images become views.
         seed: root seed of the views.
-        rank: this training worker.
-        num_ranks: training workers R.
-        global_batch_size: images per optimiser step over all ranks, B * R.
-        start_step: first optimiser step.
-        stop_step: end of the optimiser steps.
         data: sizes of tasks, prefetching, limits of images.
         maps: whole maps of the teachers' views, by the teachers' names; all have the same views.
 
@@ -84,60 +74,45 @@ def view_batches(  # noqa: PLR0913 - a rank's whole assignment
         (B,) int64; of each of ``maps`` ``NAME_map`` (B, D, H, W) float16.
 
     Raises:
+        ConfigError: the global batch does not split over the ranks.
         ShardError: an image or a map is gone or can no longer be decoded.
         StorageError: the storage fails.
     """
-    share = _RankShare(plan, rank, num_ranks, global_batch_size, start_step)
-    total = (stop_step - start_step) * share.batch_size
+    blocks = stream_chunks(
+        _views_of_chunk(index, mine, recipe, seed=seed, data=data, maps=maps or {}),
+        -(-mine.num_images // data.images_per_task),
+        data=data,
+        chunks_ahead=chunks_ahead(data, mine.batch_size),
+        num_streams=mine.num_ranks,
+    )
+    yield from rebatched(blocks, mine.batch_size)
+
+
+def _views_of_chunk(
+    index: pa.Table,
+    mine: RankPlan,
+    recipe: ViewRecipe,
+    *,
+    seed: int,
+    data: DataConfig,
+    maps: Mapping[str, StoredMaps],
+) -> Stage:
+    """Return what a task does: the number of a chunk of images -> their views and maps."""
     images = ray.put(lean_index(index))
-    stored = dict(maps or {})
-    repeat = next((each.views for each in stored.values()), 0)
-    made = replace(recipe, teacher_rendered=not stored)
+    repeat = next((stored.views for stored in maps.values()), 0)
+    made = replace(recipe, teacher_rendered=not maps)
 
     def views(chunk: Batch) -> Batch:
         start = int(chunk["id"][0]) * data.images_per_task
-        epochs, rows = share.places(start, min(start + data.images_per_task, total))
+        epochs, rows = mine.places(start, min(start + data.images_per_task, mine.num_images))
         numbers = epochs % repeat if repeat else epochs
         batch = _chunk_views(
             ray.get(images), numbers, rows, made, seed=seed, max_pixels=data.max_pixels
         )
-        taught = {f"{name}_map": each.read(numbers, rows) for name, each in stored.items()}
+        taught = {f"{name}_map": stored.read(numbers, rows) for name, stored in maps.items()}
         return batch | taught | {"row": rows, "epoch": epochs}
 
-    chunks = -(-total // data.images_per_task)
-    ahead = chunks_ahead(data, share.batch_size)
-    blocks = stream_chunks(views, chunks, data=data, chunks_ahead=ahead, num_streams=num_ranks)
-    yield from rebatched(blocks, share.batch_size)
-
-
-@dataclass(frozen=True, slots=True)
-class _RankShare:
-    """The images that one rank reads from a step on, numbered 0, 1, 2, ... ."""
-
-    plan: EpochPlan
-    rank: int
-    num_ranks: int
-    global_batch_size: int
-    start_step: int
-
-    @property
-    def batch_size(self) -> int:
-        """Images of this rank per optimiser step."""
-        first, stop = rank_span(0, self.rank, self.num_ranks, self.global_batch_size)
-        return stop - first
-
-    def places(self, start: int, stop: int) -> tuple[Ints, Ints]:
-        """Return (epoch, row) of this rank's images number [start, stop)."""
-        parts = []
-        while start < stop:
-            steps, inside = divmod(start, self.batch_size)
-            step = self.start_step + steps
-            first = rank_span(step, self.rank, self.num_ranks, self.global_batch_size)[0] + inside
-            count = min(self.batch_size - inside, stop - start)
-            parts.append(self.plan.rows(first, first + count))
-            start += count
-        epochs, rows = zip(*parts, strict=True)
-        return np.concatenate(epochs), np.concatenate(rows)
+    return views
 
 
 def eval_batches(

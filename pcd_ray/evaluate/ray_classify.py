@@ -22,6 +22,7 @@ from torch import Tensor
 from pcd_ray import storage
 from pcd_ray.config import AugmentConfig, Config
 from pcd_ray.data.image_index import classes_of, column
+from pcd_ray.data.plan import RankPlan
 from pcd_ray.data.ray_stream import Batch as ViewBatch
 from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.errors import naming
@@ -199,14 +200,14 @@ def _augmented_linear(
     state = _restored(place, task, device)
     views = view_batches(
         index,
-        task.order,
+        RankPlan(
+            plan=task.order,
+            global_batch_size=task.batch_size,
+            start_step=state.step,
+            stop_step=task.num_steps,
+        ),
         recipe_from(augment, "same_view"),
         seed=work.settings.seed,
-        rank=0,
-        num_ranks=1,
-        global_batch_size=task.batch_size,
-        start_step=state.step,
-        stop_step=task.num_steps,
         data=config.data,
     )
     backbone = network.backbone().to(device)

@@ -20,7 +20,7 @@ import torch
 from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder, find_checkpoint
 from pcd_ray.config import Config
-from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import Backbone, map_shape
@@ -217,16 +217,12 @@ def _drawn_predictions(
 def _draw_views(config: Config) -> None:
     """Draw the first views of the run, as the networks see them."""
     shards = open_shards(config.data.shards)
+    plan = EpochPlan(shards.plan_sources, config.run.seed)
     batches = view_batches(
         shards.index,
-        EpochPlan(shards.plan_sources, config.run.seed),
+        RankPlan(plan=plan, global_batch_size=8, stop_step=1),
         recipe_from(config.augment, config.pairing.kind),
         seed=config.run.seed,
-        rank=0,
-        num_ranks=1,
-        global_batch_size=8,
-        start_step=0,
-        stop_step=1,
         data=config.data,
     )
     batch = next(iter(batches))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pcd_ray.config import Config
-from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
 from pcd_ray.data.shards import Shards
 from pcd_ray.distill.build import LoadedTeacher, fit_contrastive_head, fit_pca_head
@@ -87,14 +87,9 @@ def _several_views(
     batch = config.eval.images_per_forward
     for host in view_batches(
         shards.index.take(pa.array(rows)),
-        plan,
+        RankPlan(plan=plan, global_batch_size=batch, stop_step=plan.total_steps(views, batch)),
         recipe_from(config.augment, "same_view"),
         seed=derive_seed(config.run.seed, "head_fit"),
-        rank=0,
-        num_ranks=1,
-        global_batch_size=batch,
-        start_step=0,
-        stop_step=plan.total_steps(views, batch),
         data=config.data,
     ):
         yield (

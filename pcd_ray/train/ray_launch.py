@@ -235,6 +235,8 @@ def _fit(
             log.metrics(event.step, event.epoch, event.values)
         elif event.kind == "resumed":
             log.resume_at(event.step)
+        elif event.kind == "checkpoint":
+            log.save()
         elif event.kind == "say":
             log.say(event.text)
         if listener is not None:

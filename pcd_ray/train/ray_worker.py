@@ -29,7 +29,7 @@ from pcd_ray.checkpoint import (
 )
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.data.map_store import StoredMaps
-from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import (
@@ -174,14 +174,16 @@ class _Run:
         config = self.config
         return view_batches(
             self.shards.index,
-            self.plan,
+            RankPlan(
+                plan=self.plan,
+                global_batch_size=config.train.global_batch_size,
+                start_step=self.state.step,
+                stop_step=self.total_steps,
+                rank=self.place.rank,
+                num_ranks=self.place.num_ranks,
+            ),
             recipe_from(config.augment, config.pairing.kind),
             seed=config.run.seed,
-            rank=self.place.rank,
-            num_ranks=self.place.num_ranks,
-            global_batch_size=config.train.global_batch_size,
-            start_step=self.state.step,
-            stop_step=self.total_steps,
             data=config.data,
             maps=self.maps,
         )
@@ -335,6 +337,7 @@ class _Run:
 
     def _checkpoint(self, metrics: dict[str, float] | None) -> None:
         """Copy the state to the host and let a background thread write it; a collective."""
+        self.events.checkpoint(self.state.step)
         state = self.state.state_dict()
         reported = {**(metrics or {}), **self._last_scores, "step": self.state.step}
         placeholder = upload = None

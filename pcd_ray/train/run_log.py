@@ -59,19 +59,22 @@ class RunLog:
                     self._warned.add(kind)
                     self.say(f"note: {warning}")
         if time.monotonic() - self._last_upload_s > _UPLOAD_EVERY_S:
-            self._last_upload_s = time.monotonic()
-            try:
-                self.flush()
-            except storage.StorageError as error:  # training goes on, and `close` writes all again
-                self.say(f"warning: {error}")
+            self.save()
 
     def say(self, text: str) -> None:
         """Print a line of text, above the progress line if there is one."""
         start = "\r\x1b[K" if self._live else ""
         print(f"{start}{text}", file=self._console, flush=True)
 
-    def flush(self) -> None:
-        """Write metrics and events to the run's folder."""
+    def save(self) -> None:
+        """Write metrics and events, beside a checkpoint or now and then; a failure is said."""
+        self._last_upload_s = time.monotonic()
+        try:
+            self._write()
+        except storage.StorageError as error:  # training goes on, and `close` writes all again
+            self.say(f"warning: {error}")
+
+    def _write(self) -> None:
         self._events.flush()
         lines = [json.dumps(line) for line in self.history]
         storage.write_text(self._folder.file("metrics.jsonl"), "".join(f"{x}\n" for x in lines))
@@ -88,7 +91,7 @@ class RunLog:
             print(file=self._console)
         self._events.close()
         try:
-            self.flush()
+            self._write()
         finally:
             shutil.rmtree(self._local, ignore_errors=True)
 

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from pcd_ray.config import config_from_file
+from pcd_ray.config import config_from_file, config_to_values
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -15,8 +17,20 @@ def test_there_are_configs() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_it_loads_as_it_is(path: Path) -> None:
-    config_from_file(str(path))
+def test_it_loads_and_each_option_in_it_is_read(path: Path) -> None:
+    loaded = config_to_values(config_from_file(str(path)))
+    written = yaml.safe_load(path.read_text())
+    assert written, "it sets something"
+    for section, options in written.items():
+        for option, value in options.items():
+            assert _holds(loaded[section][option], value), f"{section}.{option}"
+
+
+def _holds(loaded: Any, written: Any) -> bool:
+    """Say whether a value was taken as written, whatever stands beside it by default."""
+    if isinstance(written, dict) and isinstance(loaded, dict):
+        return all(_holds(loaded[key], value) for key, value in written.items())
+    return bool(loaded == written)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

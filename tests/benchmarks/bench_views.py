@@ -20,7 +20,7 @@ from planned_views import PlannedViews, loader_batches
 
 from pcd_ray.config import AugmentConfig, DataConfig
 from pcd_ray.data.augment import ViewRecipe
-from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.data.shards import Shards, open_shards
 from pcd_ray.train.loop import HostBatch
@@ -89,16 +89,13 @@ def with_ray(
     shards: Shards, recipe: ViewRecipe, options: argparse.Namespace
 ) -> Iterator[HostBatch]:
     """Return the training worker's batches."""
+    plan = EpochPlan(shards.plan_sources, SEED)
+    mine = RankPlan(plan=plan, global_batch_size=options.batch_size, stop_step=_steps(options))
     return view_batches(
         shards.index,
-        EpochPlan(shards.plan_sources, SEED),
+        mine,
         recipe,
         seed=SEED,
-        rank=0,
-        num_ranks=1,
-        global_batch_size=options.batch_size,
-        start_step=0,
-        stop_step=_steps(options),
         data=DATA,
     )
 

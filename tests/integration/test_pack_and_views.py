@@ -11,7 +11,7 @@ from PIL import Image
 from pcd_ray.config import AugmentConfig, DataConfig, SourceConfig
 from pcd_ray.data import ray_stream
 from pcd_ray.data.augment import ViewRecipe, eval_view, make_views
-from pcd_ray.data.plan import EpochPlan, SeenAudit
+from pcd_ray.data.plan import EpochPlan, RankPlan, SeenAudit
 from pcd_ray.data.ray_pack import PackResult, pack
 from pcd_ray.data.ray_stream import Batch
 from pcd_ray.data.ray_views import chunks_ahead, eval_batches, recipe_from, view_batches
@@ -146,14 +146,16 @@ def _steps(
     """Return a rank's batches of 12 images per step."""
     batches = view_batches(
         shards.index,
-        EpochPlan(shards.plan_sources, seed=3),
+        RankPlan(
+            plan=EpochPlan(shards.plan_sources, seed=3),
+            global_batch_size=12,
+            start_step=steps[0],
+            stop_step=steps[1],
+            rank=rank,
+            num_ranks=num_ranks,
+        ),
         recipe or _recipe(),
         seed=3,
-        rank=rank,
-        num_ranks=num_ranks,
-        global_batch_size=12,
-        start_step=steps[0],
-        stop_step=steps[1],
         data=DataConfig(images_per_task=images_per_task, prefetch_batches=prefetch_batches),
     )
     return list(batches)
@@ -279,16 +281,12 @@ def test_one_view_for_both_networks_travels_once(shards: Shards) -> None:
 
 
 def test_stopping_early_frees_the_cluster(shards: Shards, nine_steps: list[Batch]) -> None:
+    plan = EpochPlan(shards.plan_sources, seed=3)
     batches = view_batches(
         shards.index,
-        EpochPlan(shards.plan_sources, seed=3),
+        RankPlan(plan=plan, global_batch_size=12, stop_step=1_000_000),
         _recipe(),
         seed=3,
-        rank=0,
-        num_ranks=1,
-        global_batch_size=12,
-        start_step=0,
-        stop_step=1_000_000,
         data=DataConfig(images_per_task=8),
     )
     first = next(batches)

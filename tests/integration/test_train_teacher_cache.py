@@ -22,7 +22,7 @@ from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.data.map_store import StoredMaps
-from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import recipe_from, view_batches
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import adapted_teacher, load_teachers
@@ -182,14 +182,9 @@ def batches_of(config: Config, maps: dict[str, StoredMaps]) -> list[dict[str, An
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batches = view_batches(
         shards.index,
-        plan,
+        RankPlan(plan=plan, global_batch_size=11, stop_step=plan.total_steps(EPOCHS, 11)),
         recipe_from(config.augment, config.pairing.kind),
         seed=config.run.seed,
-        rank=0,
-        num_ranks=1,
-        global_batch_size=11,
-        start_step=0,
-        stop_step=plan.total_steps(EPOCHS, 11),
         data=config.data,
         maps=maps,
     )

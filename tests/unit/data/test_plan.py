@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcd_ray.data.plan import EpochPlan, SeenAudit, permuted, rank_span
+from pcd_ray.data.plan import EpochPlan, RankPlan, SeenAudit, permuted, rank_span
 from pcd_ray.errors import ConfigError
 
 WEIGHTED = ((60, 0.5), (7, 2.0), (100, 1.0))
@@ -64,6 +64,20 @@ def test_ranks_together_read_the_stream_from_any_step(num_ranks: int, start_step
     rows = np.concatenate([plan.rows(*span)[1] for span in spans])
     assert np.array_equal(rows, plan.rows(start_step * batch, (start_step + 3) * batch)[1])
     assert {stop - start for start, stop in spans} == {batch // num_ranks}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 33])
+def test_a_rank_numbers_its_images_over_steps_whatever_the_chunks(chunk: int) -> None:
+    plan, batch, first, stop = EpochPlan(((97, 1.0),), seed=2), 60, 2, 5
+    mine = RankPlan(
+        plan=plan, global_batch_size=batch, start_step=first, stop_step=stop, rank=1, num_ranks=3
+    )
+    spans = [rank_span(step, 1, 3, batch) for step in range(first, stop)]
+    expected = [np.concatenate(each) for each in zip(*(plan.rows(*s) for s in spans), strict=True)]
+    ends = [(start, min(start + chunk, 60)) for start in range(0, 60, chunk)]
+    read = [np.concatenate(each) for each in zip(*(mine.places(*e) for e in ends), strict=True)]
+    assert (mine.batch_size, mine.num_images) == (20, 60)
+    assert [each.tolist() for each in read] == [each.tolist() for each in expected]
 
 
 def test_an_epoch_may_end_inside_a_batch_and_no_image_is_lost() -> None:

@@ -149,9 +149,24 @@ def test_storage_that_fails_for_a_while_costs_no_line(
     log.metrics(1, 0.1, values())
     assert "warning: " in console.getvalue()
     assert "cannot be written" in console.getvalue()
-    with pytest.raises(StorageError, match="cannot be written"):
-        log.flush()
+    log.save()
+    assert console.getvalue().count("cannot be written") == 2
     (tmp_path / "run").unlink()
     log.metrics(2, 0.2, values())
     log.close()
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_storage_that_fails_at_the_end_is_an_error(tmp_path: Path) -> None:
+    log = new_log(tmp_path)
+    (tmp_path / "run").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written"):
+        log.close()
+
+
+def test_saving_beside_a_checkpoint_leaves_all_lines_so_far(tmp_path: Path) -> None:
+    log = new_log(tmp_path)
+    log.metrics(1, 0.1, values())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    log.save()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
