@@ -97,7 +97,7 @@ def mlp(
         if not last:
             layers.append(activation())
         channels = out
-    return settled(nn.Sequential(*layers)).eval()  # type: ignore[return-value]
+    return settled(nn.Sequential(*layers)).eval()
 
 
 def under(prefix: str, module: nn.Module | State) -> State:
@@ -112,7 +112,7 @@ def others(state: State) -> State:
 
 
 def _width(body: nn.Module) -> int:
-    return int(body.num_features)  # type: ignore[arg-type]
+    return int(body.num_features)
 
 
 _MOMENTUM = {"state": {0: {"mu": torch.zeros(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}

@@ -66,8 +66,8 @@ def _collect(ends: list[Connection], timeout_s: float) -> list[Any]:
         if not ready:
             raise TimeoutError(f"ranks {sorted(set(range(len(ends))) - set(results))} hang")
         for end in ready:
-            rank = ends.index(end)  # type: ignore[arg-type]
-            results[rank] = _received(end, rank)  # type: ignore[arg-type]
+            rank = ends.index(end)
+            results[rank] = _received(end, rank)
     return [results[rank] for rank in range(len(ends))]
 
 

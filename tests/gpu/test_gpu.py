@@ -66,8 +66,8 @@ def test_the_fused_loss_equals_the_plain_one(width: int, pixels: int) -> None:
         for seed, count in enumerate((pixels, pixels, 4096))
     )
     exact = tuple(values.double() for values in rows)
-    loss, gradient = loss_and_gradient("plain", exact)  # type: ignore[arg-type]
-    fused_loss, fused_gradient = loss_and_gradient("fused", rows)  # type: ignore[arg-type]
+    loss, gradient = loss_and_gradient("plain", exact)
+    fused_loss, fused_gradient = loss_and_gradient("fused", rows)
     # a kernel that multiplies in TF32 (10 bits of mantissa) is off by up to 1e-3
     torch.testing.assert_close(fused_loss.double(), loss, rtol=1e-3, atol=0)
     assert float((fused_gradient - gradient).abs().max() / gradient.abs().max()) < 5e-3
@@ -204,7 +204,7 @@ DETECT = {
 def test_a_detector_is_fine_tuned_in_bf16_with_synchronised_batchnorm(tmp_path: Path) -> None:
     """One rank: statistics are its own, and what is SyncBatchNorm computes as it would of many."""
     data = open_detection(write_set(tmp_path), masks=True)
-    options = DetectConfig(data=str(tmp_path), **DETECT)  # type: ignore[arg-type]
+    options = DetectConfig(data=str(tmp_path), **DETECT)
     task = detection_task(drawn_network(), data, options, max_pixels=10**6, seed=0)
     settings = finetune_settings(options, device="cuda", seed=0)
     assert settings.sync_batchnorm
@@ -221,7 +221,7 @@ def test_a_detector_is_fine_tuned_in_bf16_with_synchronised_batchnorm(tmp_path: 
     detector = finetuned(state.model).eval()
     assert {value.dtype for value in detector.parameters()} == {torch.float32}
     image = data.val.images[0]
-    (found,) = detect(detector, [task.views.judged(image)], [(image.height, image.width)])  # type: ignore[arg-type]
+    (found,) = detect(detector, [task.views.judged(image)], [(image.height, image.width)])
     assert found.boxes.device == torch.device("cpu")
     assert bool(torch.isfinite(found.boxes).all())
 

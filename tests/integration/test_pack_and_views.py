@@ -130,7 +130,7 @@ def test_too_many_unreadable_images_stop_it_and_finished_parts_stay(tmp_path: Pa
 
 def _recipe(**settings: object) -> ViewRecipe:
     kind = str(settings.pop("pairing", "cross_view_index"))
-    return recipe_from(AugmentConfig(image_size_px=24, **settings), kind)  # type: ignore[arg-type]
+    return recipe_from(AugmentConfig(image_size_px=24, **settings), kind)
 
 
 def _steps(

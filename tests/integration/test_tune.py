@@ -149,7 +149,7 @@ def test_a_driver_that_is_killed_repeats_no_trial_and_loses_no_checkpoint(
     driver = start(config, tmp_path)
     try:
         measured = Path(second.file("metrics.jsonl"))
-        wait_for(lambda: checkpoint_steps(second) and measured.exists(), timeout_s=EVENT_S)
+        wait_for(lambda: bool(checkpoint_steps(second)) and measured.exists(), timeout_s=EVENT_S)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.communicate()

@@ -50,7 +50,7 @@ def test_yaml_of_a_config_is_the_config() -> None:
 
 def test_everything_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().loss.temperature = 0.1  # type: ignore[misc]
+        Config().loss.temperature = 0.1
 
 
 @pytest.mark.parametrize(

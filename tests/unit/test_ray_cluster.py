@@ -8,8 +8,8 @@ LAPTOP = ClusterResources(cpus=2, gpus=0, nodes=1)
 
 def share(have: ClusterResources, num_workers: int, **settings: float | str) -> WorkerShare:
     values = {"device": "auto", "cpus_per_worker": 0.0, "threads_per_worker": 0}
-    values |= {"cpus_per_data_task": 1.0} | settings  # type: ignore[arg-type]
-    return share_for_workers(have, num_workers=num_workers, **values)  # type: ignore[arg-type]
+    values |= {"cpus_per_data_task": 1.0} | settings
+    return share_for_workers(have, num_workers=num_workers, **values)
 
 
 def room(have: ClusterResources, num_workers: int, **settings: float | str) -> float:

@@ -200,7 +200,7 @@ def test_each_jitter_is_torchvisions(
     image = _square()
     view = make_views(image, _whole(jitter_prob=1.0, **{name: 0.4}), seed).student
     factor = 0.4 * _drawn_factor(seed, operation)
-    expected = function(image, factor if name == "hue" else 1 + factor)  # type: ignore[operator]
+    expected = function(image, factor if name == "hue" else 1 + factor)
     assert np.array_equal(view, np.asarray(expected))
 
 

@@ -141,6 +141,6 @@ def test_networks_of_timm_without_a_map_are_refused(name: str) -> None:
 
 def test_features_that_are_no_map_are_refused() -> None:
     backbone = build_backbone("test_resnet")
-    backbone.body.forward_features = lambda x: x.mean((2, 3))  # type: ignore[assignment]
+    backbone.body.forward_features = lambda x: x.mean((2, 3))
     with pytest.raises(ConfigError, match="no map; choose a backbone with a spatial output"):
         backbone(images(0, 1, 64))

@@ -41,7 +41,7 @@ def views() -> ViewBatch:
 
 def with_head(student: Student, number: int) -> Student:
     """The same student with one of its heads alone."""
-    return Student(student.backbone, student.neck, [student.heads[number]])  # type: ignore[list-item]
+    return Student(student.backbone, student.neck, [student.heads[number]])
 
 
 def gradients(student: Student, loss: Tensor) -> list[Tensor]:

@@ -25,7 +25,7 @@ def retrieval_pct(one: Tensor, other: Tensor) -> float:
 
 
 def test_it_learns_what_views_of_an_image_share_also_of_images_never_seen() -> None:
-    fitted = contrastive_head(views_of_images(0), steps=400, **SETTINGS)  # type: ignore[arg-type]
+    fitted = contrastive_head(views_of_images(0), steps=400, **SETTINGS)
     new = views_of_images(1, images=200)
     before = retrieval_pct(new[0], new[1])
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_it_learns_what_views_of_an_image_share_also_of_images_never_seen() -> N
 def test_the_same_features_and_seed_give_the_same_head_and_others_another() -> None:
     features = views_of_images(0, images=30)
     heads = [
-        contrastive_head(features, steps=5, **(SETTINGS | {"seed": seed})).head  # type: ignore[arg-type]
+        contrastive_head(features, steps=5, **(SETTINGS | {"seed": seed})).head
         for seed in (3, 3, 4)
     ]
     same, again, other = (head(features[0]) for head in heads)
@@ -52,13 +52,13 @@ def test_fitting_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    contrastive_head(views_of_images(0, images=8), steps=2, **SETTINGS)  # type: ignore[arg-type]
+    contrastive_head(views_of_images(0, images=8), steps=2, **SETTINGS)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("rule", ["gate", "tangent"])
 def test_spatial_adaptor_keeps_its_mean(rule: str) -> None:
-    head = contrastive_head(views_of_images(0), steps=20, **SETTINGS).head  # type: ignore[arg-type]
+    head = contrastive_head(views_of_images(0), steps=20, **SETTINGS).head
     maps = torch.randn(3, 24, 5, 4)
     assert law_error(SpatialAdaptor(head, rule=rule), maps) < 1e-12  # float64 rounding
 
@@ -73,7 +73,7 @@ def test_spatial_adaptor_keeps_its_mean(rule: str) -> None:
 )
 def test_features_that_teach_nothing_are_refused(features: Tensor, story: str) -> None:
     with pytest.raises(WeightsError, match=story):
-        contrastive_head(features, steps=2, **SETTINGS)  # type: ignore[arg-type]
+        contrastive_head(features, steps=2, **SETTINGS)
 
 
 def pixels(count: int = 400, channels: int = 9) -> Tensor:

@@ -34,7 +34,7 @@ def inputs(
 def value_and_gradient(
     student: Tensor, positive: Tensor, negatives: Tensor, **settings: object
 ) -> tuple[Tensor, Tensor]:
-    loss = contrastive_loss(student, positive, negatives, **settings)  # type: ignore[arg-type]
+    loss = contrastive_loss(student, positive, negatives, **settings)
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
@@ -45,9 +45,9 @@ def test_loss_is_the_written_sum(implementation: str, temperature: float) -> Non
     weights = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.float64) / 4
     arrays = [list(rows.detach().numpy()) for rows in (student, positive, negatives)]
     settings = {"temperature": temperature, "implementation": implementation}
-    got = contrastive_loss(student, positive, negatives, **settings)  # type: ignore[arg-type]
+    got = contrastive_loss(student, positive, negatives, **settings)
     assert got.item() == pytest.approx(reference.loss(*arrays, temperature), rel=1e-12)
-    got = contrastive_loss(student, positive, negatives, weights=weights, **settings)  # type: ignore[arg-type]
+    got = contrastive_loss(student, positive, negatives, weights=weights, **settings)
     expected = reference.loss(*arrays, temperature, weights.tolist())
     assert got.item() == pytest.approx(expected, rel=1e-12)
 
@@ -194,7 +194,7 @@ def test_negatives_are_constants_even_if_they_ask_for_a_gradient(implementation:
     student, positive, negatives = inputs((6, 5, 17))
     settings = {"temperature": 0.2, "implementation": implementation}
     _, expected = value_and_gradient(student, positive, negatives, **settings)
-    contrastive_loss(student, positive, negatives.requires_grad_(), **settings).backward()  # type: ignore[arg-type]
+    contrastive_loss(student, positive, negatives.requires_grad_(), **settings).backward()
     assert negatives.grad is None
     assert student.grad is not None
     assert torch.equal(student.grad, expected)
@@ -205,9 +205,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     settings = {"temperature": 0.2, "implementation": "plain"}
     for wrong in ((student, positive[:5], negatives), (student, positive, negatives[:, :4])):
         with pytest.raises(ValueError, match="do not fit"):
-            contrastive_loss(*wrong, **settings)  # type: ignore[arg-type]
+            contrastive_loss(*wrong, **settings)
     with pytest.raises(ValueError, match=r"weights \(6, 1\) do not fit 6 pixels"):
-        contrastive_loss(student, positive, negatives, weights=torch.ones(6, 1), **settings)  # type: ignore[arg-type]
+        contrastive_loss(student, positive, negatives, weights=torch.ones(6, 1), **settings)
     with pytest.raises(ValueError, match=r"student \(6, 5\) and positive \(5, 5\) do not fit"):
         regression_loss(student, positive[:5])
     with pytest.raises(ValueError, match=r"weights \(5,\) do not fit 6 pixels"):

@@ -55,7 +55,7 @@ def normalised(batch: Tensor) -> Tensor:
 def check_features(loaded: LoadedTeacher, source: nn.Module, size_px: int) -> None:
     batch = images(4, 1, size_px)
     with torch.no_grad():
-        expected = source.forward_features(normalised(batch))  # type: ignore[operator]
+        expected = source.forward_features(normalised(batch))
         if expected.ndim == 3:  # tokens, the class token first
             grid, token = size_px // 16, expected[:, 0, :, None, None]
             expected = expected[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
@@ -105,7 +105,7 @@ def test_a_file_as_published_is_read_whole_and_gives_its_features(
     assert (loaded.identity.arch, loaded.identity.head) == (row.arch, "published")
     vit = row.arch.startswith("vit")
     check_features(loaded, published.body, 224 if vit else 64)
-    check_head(loaded.head, published.head, int(published.body.num_features))  # type: ignore[arg-type]
+    check_head(loaded.head, published.head, int(published.body.num_features))
     norm = vit and "MoCo v3" in row.method
     assert loaded.predictor == (MlpShape(row.predictor, final_norm=norm) if row.predictor else None)
 

@@ -20,7 +20,7 @@ from pcd_ray.distill.teacher import FrozenTeacher
 
 def settings(pairing: str = "same_view", **changes: object) -> DistillSettings:
     values: dict[str, object] = {"temperature": 0.2, "implementation": "plain", "pairing": pairing}
-    return DistillSettings(**(values | {"pairing_radius": 0.7} | changes))  # type: ignore[arg-type]
+    return DistillSettings(**(values | {"pairing_radius": 0.7} | changes))
 
 
 def boxes(seed: int, count: int) -> Tensor:
@@ -129,8 +129,8 @@ def test_vectors_at_right_angles_cost_what_chance_costs(kind: str, chance: float
     student, teacher = Axes(0), Axes(1)
     how = settings(kind=kind)
     got = one_step(
-        lambda x: (student(x),),  # type: ignore[arg-type]
-        teacher,  # type: ignore[arg-type]
+        lambda x: (student(x),),
+        teacher,
         negatives,
         views(),
         how,
@@ -308,7 +308,7 @@ def test_a_step_on_stored_maps_is_the_step_on_those_of_the_teacher(pairing: str,
         def forward(self, _: Tensor) -> Tensor:
             return half
 
-    expected = one_step(student, Rounded(), negatives, batch, given)  # type: ignore[arg-type]
+    expected = one_step(student, Rounded(), negatives, batch, given)
     teacher.register_forward_pre_hook(_never)
     got = one_step(student, teacher, negatives, on_maps, given)
     assert torch.equal(got.loss, expected.loss)

@@ -211,7 +211,7 @@ class Attack:
         self.folder = folder
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.mkdir, (self.folder,)  # type: ignore[return-value]
+        return Path.mkdir, (self.folder,)
 
 
 @pytest.mark.parametrize("container", ["torch", "pickle"])

@@ -163,7 +163,7 @@ def test_backbones_with_stages_give_maps_of_the_four_strides(name: str) -> None:
     taps, channels = taps_of(backbone)
     assert len(taps) == len(set(taps)) == 4
     assert backbone.body.training is False
-    listed = [stage["num_chs"] for stage in backbone.body.feature_info]  # type: ignore[union-attr]
+    listed = [stage["num_chs"] for stage in backbone.body.feature_info]
     assert channels == [listed[tap] for tap in taps]
 
 

@@ -215,7 +215,7 @@ def test_bitmaps_survive_run_lengths() -> None:
 
 def test_resized_masks_cover_the_same_share_of_the_image() -> None:
     polygons = parse_segmentation(square(8, 16, 48, 32), height=HEIGHT, width=WIDTH)
-    runs = run_lengths_of(bitmap_of(polygons, from_size=SIZE, to_size=SIZE))  # type: ignore[arg-type]
+    runs = run_lengths_of(bitmap_of(polygons, from_size=SIZE, to_size=SIZE))
     for segmentation in (polygons, runs):
         assert segmentation is not None
         small = bitmap_of(segmentation, from_size=SIZE, to_size=(32, 24))

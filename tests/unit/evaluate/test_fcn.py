@@ -131,7 +131,7 @@ def test_the_loss_is_the_mean_over_labelled_pixels() -> None:
     empty = mean_over_labelled(logits.requires_grad_(), torch.full_like(masks, 255))
     empty.backward()
     assert float(empty.detach()) == 0.0
-    assert float(logits.grad.abs().sum()) == 0.0  # type: ignore[union-attr]
+    assert float(logits.grad.abs().sum()) == 0.0
 
 
 def test_the_network_is_built_with_its_weights_and_an_equal_head(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_network_is_built_with_its_weights_and_an_equal_head(tmp_path: Path)
     images = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
     assert one.eval().backbone(images).shape[2:] == (8, 8)
     reseeded = replace(task, settings=replace(task.settings, seed=1)).build()
-    assert not torch.equal(reseeded.head[0].weight, one.head[0].weight)  # type: ignore[index]
+    assert not torch.equal(reseeded.head[0].weight, one.head[0].weight)
 
 
 def test_groups_hold_every_trained_parameter_once(tmp_path: Path) -> None:

@@ -64,14 +64,14 @@ def test_groups_hold_each_weight_that_trains_once_and_decay_matrices_alone() -> 
     student = network()
     decayed, plain = parameter_groups(student, weight_decay=0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    members = [id(p) for group in (decayed, plain) for p in group["params"]]  # type: ignore[attr-defined]
+    members = [id(p) for group in (decayed, plain) for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in student.parameters() if p.requires_grad)
     assert len(set(members)) == len(members)
     norms = (nn.BatchNorm2d, nn.LayerNorm)
     expected = {id(p) for m in student.modules() if isinstance(m, norms) for p in m.parameters()}
     expected |= {id(p) for n, p in student.named_parameters() if n.endswith("bias")}
     expected &= {id(p) for p in student.parameters() if p.requires_grad}
-    assert {id(p) for p in plain["params"]} == expected  # type: ignore[attr-defined]
+    assert {id(p) for p in plain["params"]} == expected
 
 
 def moved(name: str, weight_decay: float, steps: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -144,11 +144,11 @@ def test_the_stopping_rule_remembers_trials_of_earlier_sittings(tmp_path: Path) 
     fresh = stopping_rule(config, opened(searching(tmp_path / "other")))
     for score, decision in ((90.0, "CONTINUE"), (10.0, "STOP")):
         trial: Any = _Trial(f"new_{score}")
-        rule.on_trial_add(None, trial)  # type: ignore[arg-type]
-        assert rule.on_trial_result(None, trial, report(score, 1)) == decision  # type: ignore[arg-type]
-        fresh.on_trial_add(None, trial)  # type: ignore[arg-type]
+        rule.on_trial_add(None, trial)
+        assert rule.on_trial_result(None, trial, report(score, 1)) == decision
+        fresh.on_trial_add(None, trial)
     alone: Any = _Trial("new_10.0")
-    assert fresh.on_trial_result(None, alone, report(10.0, 1)) == "CONTINUE"  # type: ignore[arg-type]
+    assert fresh.on_trial_result(None, alone, report(10.0, 1)) == "CONTINUE"
 
 
 @pytest.mark.parametrize(
