@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported; nothing to protect here
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # each run ends seconds earlier
 
 
 @pytest.fixture(scope="session")

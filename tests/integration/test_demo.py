@@ -45,9 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def result(config: Config, ray_session: None) -> DemoResult:
     del ray_session
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        return demo(config, SIZE)
+    return demo(config, SIZE)
 
 
 def test_its_summary_has_the_scores_of_all_three_networks_in_percent(result: DemoResult) -> None:

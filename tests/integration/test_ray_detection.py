@@ -24,12 +24,6 @@ from pcd_ray.evaluate.scores import Scores
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.fixture(autouse=True)
-def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Ray look after its workers more often: each run ends seconds earlier."""
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-
-
 def config_of(data: str, **more: object) -> Config:
     detect = {
         "data": data,

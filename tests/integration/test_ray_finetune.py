@@ -47,14 +47,6 @@ def tasks_of_tests() -> Iterator[None]:
         cloudpickle.unregister_pickle_by_value(module)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_polls() -> Iterator[None]:
-    """Let Ray look after its workers more often: each run ends seconds earlier."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        yield
-
-
 @dataclass(frozen=True)
 class GatedTask(SmallTask):
     """One image does not come before there is a file."""

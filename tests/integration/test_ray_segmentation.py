@@ -3,7 +3,6 @@
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,6 @@ sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluate"))
 from segmentation_folder import painted, random_mask, write_set
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_polls() -> Iterator[None]:
-    """Let Ray look after its workers more often: each run ends seconds earlier."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        yield
 
 
 @pytest.fixture(scope="module")

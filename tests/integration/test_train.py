@@ -44,14 +44,6 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 EVENT_S = 300.0  # for one event: on a busy machine Ray's processes get little of it
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_polls() -> Iterator[None]:
-    """Let Ray look after its workers more often: each run ends seconds earlier."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        yield
-
-
 @dataclass(frozen=True, slots=True)
 class Reference:
     """The run that nobody disturbed, and what it said."""

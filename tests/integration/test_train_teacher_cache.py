@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,6 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 EPOCHS, VIEWS = 3, 2
 SHARE = WorkerShare("cpu", 0.0, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_polls() -> Iterator[None]:
-    """Let Ray look after its workers more often: each run ends seconds earlier."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        yield
 
 
 @pytest.fixture(scope="module")
