@@ -95,13 +95,19 @@ def _card(names: Sequence[str], linked: Sequence[str | Link]) -> str:
     numbers = [_number(cell) for cell in row[1:]]
     largest = max((number for number in numbers if number is not None), default=0.0)
     lines = []
-    for index, (name, cell, number) in enumerate(zip(names, row[1:], numbers, strict=True)):
+    for name, cell, number, hue in zip(names, row[1:], numbers, _hues(names), strict=True):
         width = 100 * number / largest if number is not None and number > 0 else 0
         lines.append(
-            f'<dt>{escape(name)}</dt><dd class="bar c{index % 4}">'
+            f'<dt>{escape(name)}</dt><dd class="bar c{hue}">'
             f'<i style="width:{width:.1f}%"></i></dd><dd class="value">{escape(cell)}</dd>'
         )
     return f'<div class="card"><h3>{escape(row[0])}</h3><dl>{"".join(lines)}</dl></div>'
+
+
+def _hues(names: Sequence[str]) -> list[int]:
+    """Return a colour's number for each bar: grey for the untrained, the others in turn."""
+    trained = [name for name in names if not name.startswith("untrained")]
+    return [trained.index(name) % 5 + 1 if name in trained else 0 for name in names]
 
 
 def _table(table: Table) -> str:
@@ -143,12 +149,12 @@ _STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #1c2026; --soft: #5b6470; --line: #e2e5ea;
-  --c0: #9aa3af; --c1: #0072b2; --c2: #d55e00; --c3: #009e73;
+  --c0: #9aa3af; --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #cc79a7; --c5: #e69f00;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171b; --card: #1d2127; --ink: #e8eaed; --soft: #a2abb8; --line: #2e343c;
-    --c0: #7b8492; --c1: #4aa8dd; --c2: #e8853a; --c3: #3cc29a;
+    --c0: #7b8492; --c1: #4aa8dd; --c2: #e8853a; --c3: #3cc29a; --c4: #dd9bbf; --c5: #f0b429;
   }
   figure img { filter: brightness(0.93); }
 }
@@ -180,6 +186,7 @@ section, figure { margin: 0 0 36px; }
 .bar i { display: block; height: 100%; border-radius: 5px; }
 .c0 i { background: var(--c0); } .c1 i { background: var(--c1); }
 .c2 i { background: var(--c2); } .c3 i { background: var(--c3); }
+.c4 i { background: var(--c4); } .c5 i { background: var(--c5); }
 .value { font-size: 20px; font-weight: 650; text-align: right; font-variant-numeric: tabular-nums; }
 figure img { display: block; width: 100%; height: auto; background: #ffffff; padding: 12px; }
 figcaption {

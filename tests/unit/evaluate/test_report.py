@@ -80,6 +80,16 @@ def test_bars_are_as_long_as_their_numbers() -> None:
     assert widths == ["25.0", "74.8", "100.0"]
 
 
+def test_the_untrained_are_grey_and_the_others_differ() -> None:
+    rows = ("PCD", "untrained", "image", "mse", "teacher")
+    table = Table("Side by side", ("", *rows), [("mIoU", "4", "1", "2", "3", "5")])
+    hues = re.findall(
+        r"bar c(\d)",
+        render_report(title="T", lead="L", tables=[table], figures=[], notes=[], config_yaml=""),
+    )
+    assert hues == ["1", "0", "2", "3", "4"]
+
+
 def test_words_and_nan_have_no_bar() -> None:
     table = Table("Scores", ("", "a", "b", "c"), [("mIoU %", "n/a", "nan", "5.0%")])
     html = render_report(title="", lead="", tables=[table], figures=[], notes=[], config_yaml="")
