@@ -7,7 +7,9 @@ die are started again and go on from there, a user's error ends the run in its o
 import contextlib
 import json
 import os
+import re
 import signal
+import textwrap
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ from pcd_ray.ray_events import Event, EventReceiver, EventSender
 FAILURE_FILE = "failure.json"
 """Why a run cannot go on, for the driver and for workers that Ray starts again."""
 _POLL_S = 0.5
+_LINE_CHARACTERS = 160  # of what a failure is told with
 _RAY_LIST = "checkpoint_manager_snapshot.json"  # where Ray Train notes its checkpoints
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # of Ray Train; it has no argument for it
 
@@ -125,15 +128,20 @@ class _Losses(ray.train.UserCallback):
 
 
 def loss_line(errors_of: Mapping[int, Exception]) -> str:
-    """Say which workers were lost; those whose process died, not those that missed them."""
-    dead = {rank: error for rank, error in errors_of.items() if _death(error) is not None}
-    ranks = sorted(dead or errors_of)
-    listed = ", ".join(map(str, ranks))
-    if any(_taken_away(error) for error in errors_of.values()):
-        reason = "its machine was taken away"
-    else:
-        reason = _last_line(_death(errors_of[ranks[0]]) or errors_of[ranks[0]])
-    return f"lost worker{'s' if len(ranks) > 1 else ''} {listed}: {reason}"
+    """Say which workers were lost, and how: those that died, not those that missed them."""
+    deaths = {rank: died for rank, each in errors_of.items() if (died := _death(each)) is not None}
+    if deaths:
+        ranks = ", ".join(map(str, sorted(deaths)))
+        how = "died"
+        if any("node has died" in str(died) for died in deaths.values()):
+            how = "died with its machine"
+        if any(map(_taken_away, errors_of.values())):
+            how = "was taken away with its machine"
+        return f"lost: worker {ranks} {how}"
+    rank, error = min(errors_of.items())
+    if re.search(r"[Cc]onnection (reset|closed|refused)", str(error)):  # Ray has not seen it yet
+        return f"lost: a worker that worker {rank} was connected to"
+    return f"worker {rank} failed: {textwrap.shorten(_last_line(error), _LINE_CHARACTERS)}"
 
 
 def _death(error: Exception) -> ray.exceptions.RayActorError | None:

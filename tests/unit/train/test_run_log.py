@@ -127,12 +127,12 @@ def test_a_loss_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
     console = io.StringIO()
     log = new_log(tmp_path, console)
     log.resume_at(0)  # how every run begins
-    log.lost("lost worker 1: it died")
-    log.lost("lost workers 0, 1: it died")  # Ray asks again while it cleans up
+    log.lost("lost: worker 1 died")
+    log.lost("lost: worker 0, 1 died")  # Ray asks again while it cleans up
     log.resume_at(4)
     log.close()
     first, second = console.getvalue().splitlines()
-    assert first == "warning: lost worker 1: it died"
+    assert first == "warning: lost: worker 1 died"
     assert second == "training again 0 s after the loss"
 
 
