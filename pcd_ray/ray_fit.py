@@ -62,10 +62,11 @@ def fit(  # noqa: PLR0913 - what to run, and where
     trainer = TorchTrainer(
         worker,
         train_loop_config={**values, "mailbox": mailbox, "threads": share.threads},
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=num_workers,
             use_gpu=share.device == "cuda",
             resources_per_worker=share.resources,
+            label_selector=dict(share.labels) or None,
         ),
         run_config=ray.train.RunConfig(
             name="checkpoints",

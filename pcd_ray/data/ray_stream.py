@@ -17,7 +17,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pcd_ray.config import DataConfig
 from pcd_ray.errors import ConfigError, PcdError, ShardError, TrainingError, WeightsError
-from pcd_ray.ray_cluster import PASSIVE_THREADS
+from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
 from pcd_ray.storage import StorageError
 
 Batch = dict[str, np.ndarray[Any, Any]]
@@ -94,10 +94,8 @@ class ActorPool:
     """Called once in each actor; what it returns is called on each block."""
     size: int
     """Actors."""
-    cpus: float
-    """CPUs that one reserves."""
-    gpus: float
-    """GPUs that one reserves."""
+    share: WorkerShare
+    """What one reserves, and where."""
 
 
 def stream_through_pool(
@@ -251,11 +249,15 @@ def _execution(
     with ray.data.DataContext.current(context):
         count = len(numbers)
         dataset = ray.data.read_datasource(
-            _Numbers(count), override_num_blocks=count, num_cpus=data.cpus_per_task
+            _Numbers(count),
+            override_num_blocks=count,
+            num_cpus=data.cpus_per_task,
+            label_selector=dict(data.node_labels),
         ).map_batches(
             made,
             batch_size=None,  # a whole block of one number; any size given would forbid fusion
             num_cpus=data.cpus_per_task,
+            label_selector=dict(data.node_labels),
         )
         if pool is not None:
             dataset = dataset.map_batches(
@@ -263,8 +265,9 @@ def _execution(
                 fn_constructor_args=(pool.build,),
                 batch_size=None,
                 compute=ray.data.ActorPoolStrategy(size=pool.size),
-                num_cpus=pool.cpus,
-                num_gpus=pool.gpus,
+                num_cpus=pool.share.cpus,
+                num_gpus=pool.share.gpus,
+                label_selector=dict(pool.share.labels),
                 runtime_env={"env_vars": PASSIVE_THREADS},
             )
     yield from dataset.iter_batches(batch_size=None, prefetch_batches=chunks_ahead)
