@@ -19,8 +19,8 @@ from pcd_ray.evaluate.detection_figure import SHOWN_SCORE
 from pcd_ray.evaluate.detection_masks import run_lengths_of
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.ray_detection import found_results, judge_detection
-from pcd_ray.ray_cluster import WorkerShare
 from pcd_ray.evaluate.scores import Scores
+from pcd_ray.ray_cluster import WorkerShare
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
