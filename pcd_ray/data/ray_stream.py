@@ -61,6 +61,9 @@ def stream_chunks(
         PcdError: ``make`` raised it.
     """
     context = _quiet_context(num_streams)
+    # what Ray Data asks of the autoscaler when its nodes are busy is then of these nodes, not one
+    # more of each kind that is there, GPU nodes among them
+    context.execution_options.label_selector = dict(data.node_labels) or None
 
     def segment(first: int) -> _Segment:
         stop = min(first + SEGMENT_CHUNKS, chunks)

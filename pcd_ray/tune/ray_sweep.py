@@ -7,7 +7,7 @@ runs what is left: trials that are over stay, interrupted ones go on from their 
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import optuna
@@ -143,10 +143,12 @@ def places_of(config: Config, folder: RunFolder, have: Cluster, many: int) -> di
     for name, teacher in config.teachers.items():
         if teacher.cache.views and not teacher.cache.path:
             places[f"{name}.cache.path"] = folder.file("teacher_cache")
+    if brought := [asdict(node) for node in have.most if node not in have.now]:
+        places["run.autoscaled_nodes"] = brought  # trials cannot see the launcher's file
     if many > 1 and not config.train.threads_per_worker:
         nodes = [node for node in nodes_with(have.most, config.train.node_labels) if node.cpus]
-        cores = min(node.cpus for node in nodes)
-        count = sum(node.count for node in nodes)
+        cores = min((node.cpus for node in nodes), default=1.0)
+        count = max(1, sum(node.count for node in nodes))
         share = cores / -(-many * config.train.num_workers // count)
         places["train.threads_per_worker"] = max(1, int(share))
     return places
