@@ -84,7 +84,8 @@ class RunPlan:
     teacher_2: dict[str, Any] | None = None
     """The second teacher: what it is, and all that is said above of the first one."""
     memory_gib_per_worker: float
-    """Estimate: weights, gradients, optimiser, queues, the student's activations, views, maps."""
+    """Estimate: weights, gradients, optimiser, queues, the student's activations, views, maps, and
+    the pixels that the loss compares."""
 
     @property
     def identities(self) -> dict[str, dict[str, Any]]:
@@ -330,10 +331,17 @@ def _memory_gib(config: Config, method: Method) -> float:
     maps = 0
     if config.teacher.cache.views:  # in float16
         maps = 2 * config.train.batch_size_per_worker * sum(map(_map_numbers, method.branches))
-    return (weights + activations + queues + views + maps) / 2**30
+    pixels = 2 * 4 * images * sum(map(_compared_numbers, method.branches))  # the student's, theirs
+    return (weights + activations + queues + views + maps + pixels) / 2**30
 
 
 def _map_numbers(branch: Branch) -> int:
     """Return D * H * W of a teacher's adapted map."""
     channels, height, width = branch.teacher_map
     return branch.teacher.width(channels) * height * width
+
+
+def _compared_numbers(branch: Branch) -> int:
+    """Return D * H * W of a map on the grid of the loss."""
+    height, width = branch.settings.grid or branch.teacher_map[1:]
+    return branch.teacher.width(branch.teacher_map[0]) * height * width
