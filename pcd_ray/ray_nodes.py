@@ -143,6 +143,17 @@ def nodes_now() -> list[Node]:
     ]
 
 
+def object_store_bytes(labels: Labels) -> float:
+    """Return the size of the object stores of the nodes that are alive and have these labels."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    stores = [
+        node["Resources"].get("object_store_memory", 0.0)
+        for node in nodes
+        if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()
+    ]
+    return float(sum(stores))
+
+
 def wait_for_nodes(
     workers: Need, task: Need, *, limit_s: float, say: Callable[[str], None]
 ) -> None:
