@@ -73,6 +73,7 @@ def fit(  # noqa: PLR0913 - what to run, and where
             elastic_resize_monitor_interval_s=settings.resize_check_s,
             use_gpu=share.device == "cuda",
             resources_per_worker=share.resources,
+            label_selector=dict(share.labels) or None,
         ),
         run_config=ray.train.RunConfig(
             name="checkpoints",

@@ -1,11 +1,11 @@
 """Sections ``optim`` and ``train``: optimiser and schedule, loop and workers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict
 
-from pcd_ray.config.checks import FORBID, require
+from pcd_ray.config.checks import FORBID, require, require_labels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +67,17 @@ class TrainConfig:
     """Ray Train workers; one GPU each when ``device`` is cuda. ``[least, most]``: as many of these
     as the cluster holds, more or fewer as machines come and go; the global batch stays."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers compute; ``auto`` takes cuda when the cluster has GPUs."""
+    """Where workers compute; ``auto`` takes cuda when the cluster has GPUs, or its autoscaler may
+    bring some."""
     cpus_per_worker: float = 0.0
     """CPUs each worker reserves; 0 decides by the cluster, so that Ray Data always has room: none
-    where there are up to four, else an equal part of half of them; at most one beside a GPU."""
+    on a single machine of up to four, else an equal part of half of its node's, or of all where no
+    data tasks run; at most one beside a GPU."""
     threads_per_worker: int = 0
     """Torch threads per worker; 0: the node's cores divided by its workers."""
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes where networks compute (training, judging, teachers' maps), e.g.
+    ``{pool: train}``; empty: all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: autocast to bfloat16; gates, norms and the loss stay in float32."""
     channels_last: bool = False
@@ -112,6 +117,7 @@ class TrainConfig:
         ):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), ">= 0")
         require(self.max_preemptions >= -1, "train.max_preemptions", self.max_preemptions, ">= -1")
+        require_labels(self.node_labels, "train.node_labels")
         self._check_workers()
 
     def _check_workers(self) -> None:

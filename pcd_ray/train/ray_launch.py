@@ -25,9 +25,10 @@ from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
-from pcd_ray.ray_cluster import WorkerShare, connect, share_for_workers
+from pcd_ray.ray_cluster import WorkerShare
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
+from pcd_ray.ray_placement import note_on_nodes, share_of_workers, wait_for_workers
 from pcd_ray.train.ray_teacher_cache import build_caches
 from pcd_ray.train.ray_worker import train_worker
 from pcd_ray.train.run_log import RunLog
@@ -79,12 +80,13 @@ def train(config: Config, *, listener: Callable[[Event], None] | None = None) ->
         if found.steps_done < found.plan.steps:
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
+            wait_for_workers(config, found.share, say=log.say)
             build_caches(config, found.shards, share=found.share, say=log.say)
             _fit(config, folder, found.share, log, listener)
     finally:
         log.close()
     log.say("judging the student")
-    judgement = judge(config, device=found.share.device, cpus=found.share.cpus)
+    judgement = judge(config, share=found.share)
     result = _finish(config, folder, found.plan, judgement, log.history)
     if judgement.failures:
         reasons = "; ".join(f"{part} ({why})" for part, why in judgement.failures.items())
@@ -149,14 +151,7 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     guarded = None if config.run.allow_changes else stored
     if guarded is not None:
         _refuse_changes(config, shards, guarded)
-    share = share_for_workers(
-        connect(),
-        num_workers=config.train.num_workers,
-        device=config.train.device,
-        cpus_per_worker=config.train.cpus_per_worker,
-        threads_per_worker=config.train.threads_per_worker,
-        cpus_per_data_task=config.data.cpus_per_task,
-    )
+    share = share_of_workers(config)
     if config.train.sync_batchnorm and share.device == "cpu":
         raise errors.ConfigError(
             "train.sync_batchnorm=true works on cuda alone; set it to false or train.device=cuda"
@@ -165,6 +160,8 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     if guarded is not None:
         _refuse_other_teachers(config, plan, guarded)
     _check_caches_can_be_written(plan)
+    if note := note_on_nodes(config, share):
+        plan.notes["run.wait_for_nodes_s"] = note
     return _Checked(shards, share, plan, 0 if stored is None else int(stored.about["step"]))
 
 
