@@ -24,11 +24,13 @@ MAY_CHANGE_ON_RESUME = (
     "train.threads_per_worker",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
+    "train.checkpoint_every_minutes",
     "train.keep_checkpoints",
     "train.max_failures",
     "eval",
     "export",
     "tune",
+    "scale",
 )
 """Options that a resumed run may set anew. ``data.shards`` and teachers' ``weights`` are places:
 what lies there is compared by content hash instead. ``run.seed`` matters and is compared."""

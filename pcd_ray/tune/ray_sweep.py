@@ -18,7 +18,7 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.errors import ClusterError, ConfigError
-from pcd_ray.ray_cluster import ClusterResources, connect
+from pcd_ray.ray_cluster import ClusterResources, check_outlives_job, connect
 from pcd_ray.train.ray_launch import dry_run
 from pcd_ray.tune.ray_progress import Progress
 from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule, trial_name
@@ -82,6 +82,7 @@ def sweep(config: Config) -> SweepResult:
     space = open_space(config)
     _check_scores(config)
     folder = RunFolder.of(config)
+    check_outlives_job("run.root", folder.uri)
     storage.check_writable(folder.uri)
     opened = open_study(config, space, folder)
     left = config.tune.trials - len(opened.trials(*OVER))

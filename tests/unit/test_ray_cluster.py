@@ -1,7 +1,14 @@
 import pytest
 
 from pcd_ray.errors import ClusterError
-from pcd_ray.ray_cluster import ClusterResources, WorkerShare, share_for_pool, share_for_workers
+from pcd_ray.ray_cluster import (
+    ClusterResources,
+    WorkerShare,
+    check_outlives_job,
+    connect,
+    share_for_pool,
+    share_for_workers,
+)
 
 LAPTOP = ClusterResources(cpus=2, gpus=0, nodes=1)
 
@@ -116,3 +123,16 @@ def test_a_pool_never_takes_the_cpus_of_data_tasks(
 def test_a_pool_on_gpus_that_are_not_there_is_refused() -> None:
     with pytest.raises(ClusterError, match="need 1 GPUs, the cluster has 0"):
         share_for_pool(LAPTOP, device="cuda", most=4, cpus_per_data_task=0.5)
+
+
+def test_the_address_that_takes_jobs_is_not_one_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match=r"submit --address http://127\.0\.0\.1:8265 "):
+        connect()
+
+
+def test_nothing_is_stored_where_a_job_has_its_working_folder() -> None:
+    check_outlives_job("run.root", "s3://bucket/runs")
+    inside = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs"
+    with pytest.raises(ClusterError, match=r"run\.root=/tmp/ray/.* a place that all nodes share"):
+        check_outlives_job("run.root", inside)

@@ -10,7 +10,7 @@ import pytest
 from stored_run import store_run
 
 from pcd_ray.errors import ShardError, TrainingError
-from pcd_ray.ray_fit import FAILURE_FILE, raise_failure, stopped_by_ctrl_c
+from pcd_ray.ray_fit import FAILURE_FILE, raise_failure, stopped_in_order
 
 
 def test_a_run_that_fails_again_and_again_says_where_it_stands(tmp_path: Path) -> None:
@@ -31,27 +31,30 @@ def test_a_workers_own_words_are_passed_on_as_its_kind_of_error(tmp_path: Path) 
         raise_failure(folder, 0, None)
 
 
-def test_ctrl_c_is_an_interrupt_whatever_ray_makes_of_it_and_ours_again_afterwards() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_an_interrupt_whatever_ray_makes_of_it_and_ours_again_afterwards(
+    number: signal.Signals,
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def interrupted() -> None:
-        with stopped_by_ctrl_c():
+        with stopped_in_order():
             signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train does
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert signal.getsignal(signal.SIGINT) is before
-    with stopped_by_ctrl_c():
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with stopped_in_order():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before[0]
 
 
 def test_a_thread_that_trains_has_no_say_in_signals() -> None:
     seen = []
 
     def body() -> None:
-        with stopped_by_ctrl_c():
+        with stopped_in_order():
             seen.append("ran")
 
     thread = threading.Thread(target=body)
