@@ -91,7 +91,8 @@ class RunPlan:
     teacher_2: dict[str, Any] | None = None
     """The second teacher: what it is, and all that is said above of the first one."""
     memory_gib_per_worker: float
-    """Estimate: weights, gradients, optimiser, queues, the student's activations, views, maps."""
+    """Estimate: weights, gradients, optimiser, queues, the student's activations, views, maps, and
+    the pixels that the loss compares."""
     scale: dict[str, Any]
     """What the run asks of the machines of section ``scale``: see `pcd_ray.train.scale.Scale`; the
     CPU time per image is given, or measured on a sample, and the rest of ``assumed`` is assumed."""
@@ -356,4 +357,11 @@ def _memory_gib(config: Config, method: Method) -> float:
     maps = 0
     if config.teacher.cache.views:  # in float16
         maps = 2 * config.train.batch_size_per_worker * sum(map(map_numbers, method.branches))
-    return (weights + activations + queues + views + maps) / 2**30
+    pixels = 2 * 4 * images * sum(map(_compared_numbers, method.branches))  # the student's, theirs
+    return (weights + activations + queues + views + maps + pixels) / 2**30
+
+
+def _compared_numbers(branch: Branch) -> int:
+    """Return D * H * W of a map on the grid of the loss."""
+    height, width = branch.settings.grid or branch.teacher_map[1:]
+    return branch.teacher.width(branch.teacher_map[0]) * height * width

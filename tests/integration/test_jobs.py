@@ -14,7 +14,7 @@ from pcd_ray.checkpoint import RunFolder, checkpoint_steps, find_checkpoint
 
 pytestmark = pytest.mark.slow
 
-IMAGES, STEPS = 176, 440
+IMAGES, STEPS = 1760, 440  # of one epoch: what is stored before its end is stored by the clock
 RUN = """
 run: {{root: {root}/runs, name: job}}
 data: {{shards: {shards}, images_per_task: 44}}
@@ -22,8 +22,13 @@ augment: {{image_size_px: 32}}
 teacher: {{arch: test_resnet, weights: {teacher}, kwargs: {{output_stride: 8}}}}
 student: {{backbone: test_resnet, output_stride: 8, mhsa: {{heads: 4}}}}
 loss: {{queue_size: 32}}
-optim: {{name: adamw, base_lr: 0.03, warmup_epochs: 1}}
-train: {{epochs: 10, global_batch_size: 4, device: cpu, checkpoint_every_steps: 20}}
+optim: {{name: adamw, base_lr: 0.03, warmup_epochs: 0.1}}
+train:
+  epochs: 1
+  global_batch_size: 4
+  device: cpu
+  log_every_steps: 20
+  checkpoint_every_minutes: 0.001
 """
 
 
@@ -106,7 +111,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_the_same_job_goes_on_to_the_end(
     ended = head.submit(*words)
     assert ended.returncode == 0, ended.stdout
     log = log_of(ended.stdout)
-    plan = f"plan: {STEPS} steps of 4 images, 10 epochs of 176, on 1 cpu workers"
+    plan = f"plan: {STEPS} steps of 4 images, 1 epochs of 1,760, on 1 cpu workers"
     assert f"{plan}; {at} steps are done" in log
     assert f"resumed at step {at} of {STEPS}" in log
     assert any(line.startswith(f"step {STEPS}/{STEPS} ") and "images/s" in line for line in log)

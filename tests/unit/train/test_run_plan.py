@@ -118,6 +118,28 @@ def test_memory_is_planned_for_the_queue_where_there_is_one(folder: Path) -> Non
     assert pixel - mse == pytest.approx(queue_gib, abs=0.011)  # two decimals each
 
 
+def test_memory_is_planned_for_the_pixels_that_the_loss_compares(folder: Path) -> None:
+    teacher = {"kwargs": {"output_stride": 8}, "weights": str(folder / "teacher.safetensors")}
+    batch, positions = 4_000, 64  # of the teacher at stride 8
+    plans = [
+        plan_run(
+            tiny_config(
+                run={"root": str(folder), "name": "new"},
+                teacher=teacher,
+                student={"grid": rule},
+                optim={"warmup_epochs": 0},
+                train={"global_batch_size": batch, "epochs": batch},
+            ),
+            open_shards(str(folder / "packed")),
+            device="cpu",
+        )
+        for rule in ("pool", "upsample")
+    ]
+    pooled, enlarged = (plan.memory_gib_per_worker for plan in plans)
+    more = 2 * 4 * batch * CHANNELS * (positions - POSITIONS) / 2**30  # both networks' pixels
+    assert enlarged - pooled == pytest.approx(more, abs=0.011)  # two decimals each
+
+
 def test_a_queue_that_the_run_cannot_fill_is_noted(folder: Path) -> None:
     plan = planned(folder, loss={"queue_size": 13})
     (note,) = plan.summary()["notes"].items()
