@@ -124,17 +124,11 @@ def answers(head: Head, process: "subprocess.Popen[bytes]") -> bool:
 
 
 def end(head: "subprocess.Popen[bytes]") -> None:
-    """End a head and all that descends from it, by process id."""
-    descendants = children_of(head.pid)
-    head.send_signal(signal.SIGTERM)
-    try:
-        head.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    for pid in descendants:
+    """End a head and all that descends from it, by process id: nothing of it is worth keeping."""
+    for pid in [head.pid, *children_of(head.pid)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    head.wait()
 
 
 def children_of(pid: int) -> list[int]:
