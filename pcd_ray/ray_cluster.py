@@ -34,6 +34,7 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
 _SMALL_CPUS = 4  # up to this many on a single machine, workers reserve none of them
+_JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # where Ray unpacks ``--working-dir``
 _CPUS_PER_ACTOR = 4  # of a pool that computes on CPUs; more threads scale badly
 
 
@@ -103,6 +104,12 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
     address = os.environ.get("RAY_ADDRESS") or "local"
     alone = address == "local"
     if not ray.is_initialized():
+        if address.startswith(("http://", "https://")):
+            raise ClusterError(
+                f"RAY_ADDRESS={address!r} is a dashboard's: it takes jobs (ray job submit "
+                f"--address {address} --working-dir . -- python jobs/train.py ...); unset "
+                "RAY_ADDRESS to run on this machine"
+            )
         if alone:
             # a cluster of one machine that dies with this process needs no token
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -122,9 +129,27 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
                 ) from error
             raise ClusterError(
                 f"the Ray cluster at RAY_ADDRESS={address!r} does not answer ({error}); check the "
-                "address, export RAY_AUTH_MODE=token if it asks for one, or unset RAY_ADDRESS"
+                "address, export RAY_AUTH_MODE=token if it asks for one (~/.ray/auth_token must "
+                "hold the cluster's), or unset RAY_ADDRESS"
             ) from error
     return cluster_nodes(autoscaled, ours=alone)
+
+
+def check_outlives_job(option: str, uri: str) -> None:
+    """Refuse to store anything in the copy of the working folder that Ray makes for a job.
+
+    Args:
+        option: what asks for the place.
+        uri: the place, absolute.
+
+    Raises:
+        ClusterError: it would go with the job, or lie on a node where nobody finds it.
+    """
+    if _JOB_FOLDERS in uri:
+        raise ClusterError(
+            f"{option}={uri} lies in this job's own copy of the working folder, which Ray deletes; "
+            f"give a place that all nodes share, e.g. {option}=s3://bucket/folder"
+        )
 
 
 def share_for_workers(have: Cluster, asked: Asked) -> WorkerShare:

@@ -90,7 +90,7 @@ def fit(  # noqa: PLR0913 - what to run, and where
     cause: Exception | None = None
     waits = _environment(_START_TIMEOUT, str(settings.start_timeout_s))
     try:
-        with _listening(mailbox, on_event), waits, stopped_by_ctrl_c():
+        with _listening(mailbox, on_event), waits, stopped_in_order():
             trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         cause = error
@@ -172,23 +172,28 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopped_by_ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C end a run as it ends anything else, after Ray has sent the workers away.
+def stopped_in_order() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM (``ray job stop``) end a run after Ray has sent the workers away.
 
-    Ray Train puts a handler of its own in place of Python's, and leaves it there; it ends the
-    process without a word.
+    Ray Train handles Ctrl-C alone: it puts a handler of its own in place of Python's, leaves it
+    there, and ends the process without a word.
+
+    Raises:
+        KeyboardInterrupt: one of the two came.
     """
     if threading.current_thread() is not threading.main_thread():  # then Ray changes nothing
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     except SystemExit as stop:
         raise KeyboardInterrupt from stop
     finally:
-        if before is not None:  # it is Python's, so that it can be put back
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            if handler is not None:  # it is Python's, so that it can be put back
+                signal.signal(number, handler)
 
 
 def raise_failure(folder: RunFolder, settings: TrainConfig, cause: Exception | None) -> None:

@@ -26,6 +26,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.node_labels",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
+    "train.checkpoint_every_minutes",
     "train.keep_checkpoints",
     "train.max_failures",
     "train.max_preemptions",
@@ -34,6 +35,7 @@ MAY_CHANGE_ON_RESUME = (
     "eval",
     "export",
     "tune",
+    "scale",
 )
 """Options that a resumed run may set anew. ``data.shards`` and teachers' ``weights`` are places:
 what lies there is compared by content hash instead. ``run.seed`` matters and is compared."""

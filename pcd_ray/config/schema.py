@@ -13,6 +13,7 @@ from pcd_ray.config.data import AugmentConfig, DataConfig
 from pcd_ray.config.eval import EvalConfig
 from pcd_ray.config.loss import LossConfig, PairingConfig
 from pcd_ray.config.run import ExportConfig, RunConfig
+from pcd_ray.config.scale import ScaleConfig
 from pcd_ray.config.student import StudentConfig
 from pcd_ray.config.teacher import TeacherConfig
 from pcd_ray.config.train import OptimConfig, TrainConfig
@@ -52,6 +53,8 @@ class Config:
     """The student file."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """A search over other options."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Machines that the plan is worked out for."""
 
     def __post_init__(self) -> None:
         require(

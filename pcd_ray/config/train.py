@@ -89,7 +89,10 @@ class TrainConfig:
     log_every_steps: int = 10
     """Optimiser steps between two lines of metrics."""
     checkpoint_every_steps: int = 0
-    """Optimiser steps between checkpoints, besides those at each epoch; 0: epochs alone."""
+    """Optimiser steps between checkpoints, besides those at each epoch; 0: epochs and minutes."""
+    checkpoint_every_minutes: float = 15.0
+    """Minutes of training, at most, that a stopped or lost run does again; 0: epochs and steps
+    alone. Looked at whenever metrics are logged."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     max_failures: int = 3
@@ -113,6 +116,7 @@ class TrainConfig:
             "cpus_per_worker",
             "threads_per_worker",
             "checkpoint_every_steps",
+            "checkpoint_every_minutes",
             "max_failures",
         ):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), ">= 0")

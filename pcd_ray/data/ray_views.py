@@ -12,37 +12,15 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pcd_ray.config import AugmentConfig, DataConfig
+from pcd_ray.config import DataConfig
 from pcd_ray.data.augment import ViewRecipe, eval_view, views_of_bytes
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import RankPlan
 from pcd_ray.data.ray_stream import Batch, Stage, stream_chunks
+from pcd_ray.data.recipe import recipe_from as recipe_from  # callers of `view_batches` need it
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.seeds import derive_seed
-
-
-def recipe_from(augment: AugmentConfig, pairing_kind: str) -> ViewRecipe:
-    """Return the recipe of a configuration: two crops for all pairings but ``same_view``."""
-    two_crops = pairing_kind != "same_view"
-    return ViewRecipe(
-        image_size_px=augment.image_size_px,
-        min_scale=augment.min_scale,
-        max_scale=augment.max_scale,
-        flip_prob=augment.flip_prob,
-        jitter_prob=augment.jitter_prob,
-        brightness=augment.brightness,
-        contrast=augment.contrast,
-        saturation=augment.saturation,
-        hue=augment.hue,
-        grey_prob=augment.grey_prob,
-        student_blur_prob=augment.student_blur_prob,
-        teacher_blur_prob=augment.teacher_blur_prob,
-        student_solarize_prob=augment.student_solarize_prob,
-        teacher_solarize_prob=augment.teacher_solarize_prob,
-        two_crops=two_crops,
-        two_colours=two_crops or augment.photometric == "independent",
-    )
 
 
 def view_batches(

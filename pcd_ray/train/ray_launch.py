@@ -25,7 +25,7 @@ from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
-from pcd_ray.ray_cluster import WorkerShare
+from pcd_ray.ray_cluster import WorkerShare, check_outlives_job
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
 from pcd_ray.ray_placement import note_on_nodes, share_of_workers, wait_for_workers
@@ -77,6 +77,7 @@ def train(config: Config, *, listener: Callable[[Event], None] | None = None) ->
     _prepare_folder(config, folder)
     log = RunLog(folder, total_steps=found.plan.steps)
     try:
+        log.say(f"plan: {found.plan.headline}; {found.steps_done:,} steps are done")
         if found.steps_done < found.plan.steps:
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
@@ -146,6 +147,7 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     shards = open_shards(config.data.shards)
     open_knn_images(config)
     open_probe(config)
+    check_outlives_job("run.root", config.run.root)
     storage.check_writable(folder.uri)
     stored = latest_checkpoint(folder)
     guarded = None if config.run.allow_changes else stored

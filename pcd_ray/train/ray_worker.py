@@ -115,6 +115,8 @@ class _Run:
         self.state = self._new_state()
         self._reported_step = -1
         self._notices = PreemptionNotices()
+        self._timed_step = 0  # up to here, this time went by since the last checkpoint
+        self._unsaved_s = 0.0
         self._last_scores: dict[str, float] = {}
         self._passed_over: tuple[str, ...] = ()
 
@@ -140,15 +142,24 @@ class _Run:
         if done.metrics is not None:
             self.events.metrics(done.step, epoch, done.metrics)
             self._notices.pace(done.metrics[names.STEP_S])
-        every = self.config.train.checkpoint_every_steps
+        due = self._checkpoint_is_due(done)
         if done.epoch_ended is not None:
             self._after_epoch(done, epoch)
-        elif every and done.step % every == 0:
+        elif due:
             self._checkpoint(done.metrics)
         if notice := self._notices.new(done.step):
             self.events.say(f"warning: {notice}; step {done.step} is stored before that")
             if self._reported_step != done.step:
                 self._checkpoint(done.metrics)
+
+    def _checkpoint_is_due(self, done: StepDone) -> bool:
+        """Say whether one is due between epochs; times are means over ranks, so that all agree."""
+        if done.metrics is not None:
+            self._unsaved_s += done.metrics[names.STEP_S] * (done.step - self._timed_step)
+            self._timed_step = done.step
+        minutes = self.config.train.checkpoint_every_minutes
+        every = self.config.train.checkpoint_every_steps
+        return (0 < 60 * minutes <= self._unsaved_s) or (every > 0 and done.step % every == 0)
 
     def _after_epoch(self, done: StepDone, epoch: float) -> None:
         assert done.epoch_ended is not None
@@ -276,7 +287,7 @@ class _Run:
                 f"{uri} does not fit the networks or optimiser of these settings "
                 f"({str(error).splitlines()[0]}); set them back, or choose another run.name"
             ) from error
-        self._reported_step = self.state.step
+        self._reported_step = self._timed_step = self.state.step
         self._last_scores = {
             name: stored.about["metrics"][name]
             for name in (names.KNN_TOP1, names.KNN1_TOP1, names.SEGMENTATION_MIOU)
@@ -370,6 +381,7 @@ class _Run:
             checkpoint_upload_fn=upload,
         )
         self._reported_step = self.state.step
+        self._unsaved_s = 0.0
 
     def _about(self, metrics: dict[str, Any]) -> dict[str, Any]:
         method = self.method

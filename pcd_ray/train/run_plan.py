@@ -32,10 +32,17 @@ from pcd_ray.distill.step import Branch
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.eval_sets import look_through, open_probe
 from pcd_ray.train.optim import peak_learning_rate
+from pcd_ray.train.run_scale import (
+    OPTIMIZER_COPIES,
+    machines_of,
+    map_numbers,
+    trained_weights,
+    workload_of,
+)
+from pcd_ray.train.scale import scale_of
 from pcd_ray.train.teacher_cache import cache_of
 
 _SAMPLE_IMAGES = 8
-_OPTIMIZER_COPIES = {"lars": 1, "adamw": 2}  # of the weights, beside weights and gradients
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +97,17 @@ class RunPlan:
     memory_gib_per_worker: float
     """Estimate: weights, gradients, optimiser, queues, the student's activations, views, maps, and
     the pixels that the loss compares."""
+    scale: dict[str, Any]
+    """What the run asks of the machines of section ``scale``: see `pcd_ray.train.scale.Scale`; the
+    CPU time per image is given, or measured on a sample, and the rest of ``assumed`` is assumed."""
+
+    @property
+    def headline(self) -> str:
+        """The plan in a line."""
+        return (
+            f"{self.steps:,} steps of {self.global_batch_size:,} images, {self.epochs} epochs of "
+            f"{self.images_per_epoch:,}, on {self.num_workers} {self.device} workers"
+        )
 
     @property
     def identities(self) -> dict[str, dict[str, Any]]:
@@ -116,7 +134,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
     Raises:
         PcdError: anything that would stop the run later.
     """
-    _check_sample(shards, config.data.max_pixels)
+    sample = _checked_sample(shards, config.data.max_pixels)
     eval_read = look_through(config)
     teachers, still_to_fit = [], set()
     caches: dict[str, dict[str, Any]] = {}
@@ -152,6 +170,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         device=device,
         eval_read=eval_read,
         notes=notes,
+        sample=sample,
     )
 
 
@@ -165,6 +184,7 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
     device: str,
     eval_read: dict[str, str],
     notes: dict[str, str],
+    sample: list[bytes],
 ) -> RunPlan:
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batch = config.train.global_batch_size
@@ -204,12 +224,20 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
         teacher=identities[0],
         teacher_2=identities[1] | weights[1] | others[0] if others else None,
         student_map=method.student_map,
-        student_parameters=_trained_parameters(method.student),
+        student_parameters=trained_weights(method.student),
         backbone_parameters=_parameters(method.student.backbone),
         eval_read=eval_read,
         notes=notes | _notes(config, steps=steps),
         memory_gib_per_worker=round(_memory_gib(config, method), 2),
+        scale=_scale(config, shards, method, sample),
     )
+
+
+def _scale(config: Config, shards: Shards, method: Method, sample: list[bytes]) -> dict[str, Any]:
+    """Return what the run asks of machines, and what was assumed of them."""
+    machines = machines_of(config, sample)
+    asked = scale_of(workload_of(config, shards, method), machines).summary()
+    return {"assumed": asdict(machines), **asked}
 
 
 def _facts(config: Config, method: Method, branch: Branch, device: str) -> dict[str, Any]:
@@ -325,7 +353,8 @@ def _check_eval_sizes(config: Config, method: Method) -> None:
             map_shape(network, height, width, option="eval.segmentation_size_px")
 
 
-def _check_sample(shards: Shards, max_pixels: int) -> None:
+def _checked_sample(shards: Shards, max_pixels: int) -> list[bytes]:
+    """Return the encoded bytes of a few images that can be decoded."""
     sample = shards.index.slice(0, _SAMPLE_IMAGES).to_pylist()
     contents = read_image_bytes(
         [entry["uri"] for entry in sample],
@@ -337,20 +366,17 @@ def _check_sample(shards: Shards, max_pixels: int) -> None:
             decode_rgb(content, max_pixels=max_pixels)
         except UnreadableImage as error:
             raise unreadable(entry["key"], entry["uri"], str(error)) from error
+    return contents
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _trained_parameters(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-
-
 def _memory_gib(config: Config, method: Method) -> float:
     images = images_per_pass(config.train)
     size = config.augment.image_size_px
-    copies = 2 + _OPTIMIZER_COPIES[config.optim.name]  # weights and gradients
+    copies = 2 + OPTIMIZER_COPIES[config.optim.name]  # weights and gradients
     copies += bool(config.student.ema)
     teachers = sum(_parameters(branch.teacher) for branch in method.branches)
     weights = 4 * (copies * _parameters(method.student) + teachers)
@@ -361,15 +387,9 @@ def _memory_gib(config: Config, method: Method) -> float:
     views = 2 * config.train.batch_size_per_worker * size * size * 3 * 4
     maps = 0
     if config.teacher.cache.views:  # in float16
-        maps = 2 * config.train.batch_size_per_worker * sum(map(_map_numbers, method.branches))
+        maps = 2 * config.train.batch_size_per_worker * sum(map(map_numbers, method.branches))
     pixels = 2 * 4 * images * sum(map(_compared_numbers, method.branches))  # the student's, theirs
     return (weights + activations + queues + views + maps + pixels) / 2**30
-
-
-def _map_numbers(branch: Branch) -> int:
-    """Return D * H * W of a teacher's adapted map."""
-    channels, height, width = branch.teacher_map
-    return branch.teacher.width(channels) * height * width
 
 
 def _compared_numbers(branch: Branch) -> int:

@@ -18,6 +18,7 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.errors import ClusterError, ConfigError
+from pcd_ray.ray_cluster import check_outlives_job
 from pcd_ray.ray_nodes import HEAD, Cluster, nodes_with
 from pcd_ray.ray_placement import cluster_of
 from pcd_ray.train.ray_launch import dry_run
@@ -83,6 +84,7 @@ def sweep(config: Config) -> SweepResult:
     space = open_space(config)
     _check_scores(config)
     folder = RunFolder.of(config)
+    check_outlives_job("run.root", folder.uri)
     storage.check_writable(folder.uri)
     opened = open_study(config, space, folder)
     left = config.tune.trials - len(opened.trials(*OVER))

@@ -7,6 +7,8 @@ from pcd_ray.ray_cluster import (
     Asked,
     WorkerShare,
     check_data_task,
+    check_outlives_job,
+    connect,
     needs_of,
     share_for_pool,
     share_for_workers,
@@ -242,3 +244,16 @@ def test_a_pool_is_as_large_as_the_nodes_that_are_there_and_one_where_none_are()
 def test_a_pool_on_gpus_that_are_not_there_is_refused() -> None:
     with pytest.raises(ClusterError, match="need 1 GPUs, the cluster has 0"):
         share_for_pool(LAPTOP, Asked(device="cuda"), most=4)
+
+
+def test_the_address_that_takes_jobs_is_not_one_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match=r"submit --address http://127\.0\.0\.1:8265 "):
+        connect()
+
+
+def test_nothing_is_stored_where_a_job_has_its_working_folder() -> None:
+    check_outlives_job("run.root", "s3://bucket/runs")
+    inside = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs"
+    with pytest.raises(ClusterError, match=r"run\.root=/tmp/ray/.* a place that all nodes share"):
+        check_outlives_job("run.root", inside)

@@ -13,7 +13,7 @@ from stored_run import store_run
 
 from pcd_ray.config import TrainConfig
 from pcd_ray.errors import ShardError, TrainingError
-from pcd_ray.ray_fit import FAILURE_FILE, loss_line, raise_failure, stopped_by_ctrl_c
+from pcd_ray.ray_fit import FAILURE_FILE, loss_line, raise_failure, stopped_in_order
 
 SETTINGS = TrainConfig(max_failures=2, max_preemptions=4)
 
@@ -73,27 +73,30 @@ def test_a_loss_names_who_died_and_not_who_missed_them() -> None:
     assert loss_line({0: ValueError("no\nmemory")}) == "worker 0 failed: memory"
 
 
-def test_ctrl_c_is_an_interrupt_whatever_ray_makes_of_it_and_ours_again_afterwards() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_an_interrupt_whatever_ray_makes_of_it_and_ours_again_afterwards(
+    number: signal.Signals,
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def interrupted() -> None:
-        with stopped_by_ctrl_c():
+        with stopped_in_order():
             signal.signal(signal.SIGINT, lambda *_: sys.exit(0))  # as Ray Train does
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert signal.getsignal(signal.SIGINT) is before
-    with stopped_by_ctrl_c():
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with stopped_in_order():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before[0]
 
 
 def test_a_thread_that_trains_has_no_say_in_signals() -> None:
     seen = []
 
     def body() -> None:
-        with stopped_by_ctrl_c():
+        with stopped_in_order():
             seen.append("ran")
 
     thread = threading.Thread(target=body)
