@@ -107,7 +107,13 @@ def _launcher(address: str) -> dict[str, Any]:
         "max_workers": 3,
         "idle_timeout_minutes": 0.2,
         "upscaling_speed": 10,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "use_node_id_as_ip": True,  # all nodes have one address
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "available_node_types": {
             "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "data": {
