@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
 
 EVENT_S = 300.0
 HEAD_ALONE = {"head": 1}
+HEAD_TYPE = "ray.head.default"  # the fake provider knows no other
 _COMMANDS = [
     "initialization_commands",
     "setup_commands",
@@ -115,7 +116,7 @@ def _launcher(address: str) -> dict[str, Any]:
             "disable_launch_config_check": True,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "data": {
                 "resources": {"CPU": 2, "object_store_memory": store},
                 "labels": {"pool": "data"},
@@ -129,7 +130,7 @@ def _launcher(address: str) -> dict[str, Any]:
                 "max_workers": 2,
             },
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "auth": {},
         **{name: [] for name in _COMMANDS},
         "file_mounts": {},
