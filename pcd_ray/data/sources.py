@@ -1,6 +1,7 @@
 """Which images a URI holds: a folder tree, a bucket prefix, a list file, or packed shards."""
 
 import csv
+import functools
 import io
 import os
 from collections import Counter
@@ -188,7 +189,11 @@ def _file_infos(uris: list[str]) -> list[pafs.FileInfo]:
     """Look files up, a whole bucket in one call."""
     infos: dict[str, pafs.FileInfo] = {}
     for fs, paths in by_filesystem(uris):
-        found = fs.get_file_info(list(paths.values()))
+        found = storage.attempted(
+            next(iter(paths)),
+            "looked up",
+            functools.partial(fs.get_file_info, list(paths.values())),
+        )
         infos.update(zip(paths, found, strict=True))
     return [infos[uri] for uri in uris]
 
