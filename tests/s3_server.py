@@ -9,10 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
 
 KEY_ID, SECRET = "TESTKEYOFNOBODY", "a-secret-that-nobody-may-write-down"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": KEY_ID,
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_REGION": "us-east-1",
+}
+"""What processes need that ask the server."""
 _ERRORS = {
     "busy": ("503 Slow Down", "SlowDown"),
     "broken": ("500 Internal Server Error", "InternalError"),
@@ -93,17 +98,18 @@ class S3Server:
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """Serve S3 on a port of this machine; credentials and endpoint-free settings are in place."""
+    """Serve S3 on a port of this machine, and let this process know the credentials."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     served = S3Server(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, served, threaded=True)
     served.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
-        patched.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patched.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patched.setenv("AWS_REGION", "us-east-1")
+        for name, value in ENVIRONMENT.items():
+            patched.setenv(name, value)
         patched.delenv("AWS_SESSION_TOKEN", raising=False)
         thread.start()
         try:

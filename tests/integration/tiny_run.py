@@ -1,13 +1,13 @@
 """A run of a minute: coloured JPEGs, a teacher with an MLP head, 22 steps of two workers."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from pcd_ray import storage
 from pcd_ray.config import Config, SourceConfig, config_from_values
 from pcd_ray.data.ray_pack import pack
 from pcd_ray.distill.backbones import build_backbone
@@ -44,16 +44,29 @@ def write_teacher(path: Path, *, seed: int = 0) -> str:
 
 def prepare(root: Path) -> Config:
     """Write images, shards and a teacher under ``root``; return the run on them."""
-    train = write_images(root / "train", NUM_IMAGES, seed=0)
-    test = write_images(root / "test", 12, seed=1)
+    write_images(root / "train", NUM_IMAGES, seed=0)
+    write_images(root / "test", 12, seed=1)
+    write_teacher(root / "teacher.safetensors")
+    config = run_under(str(root))
+    pack(config.data, seed=config.run.seed)
+    return config
+
+
+def run_under(root: str) -> Config:
+    """Return the run on what `prepare` writes under a folder or a bucket's prefix."""
+    train, test = storage.join(root, "train"), storage.join(root, "test")
     config = config_from_values(
         {
-            "run": {"root": str(root / "runs"), "name": "reference"},
-            "data": {"sources": train, "shards": str(root / "shards"), "images_per_task": 8},
+            "run": {"root": storage.join(root, "runs"), "name": "reference"},
+            "data": {
+                "sources": train,
+                "shards": storage.join(root, "shards"),
+                "images_per_task": 8,
+            },
             "augment": {"image_size_px": 32},
             "teacher": {
                 "arch": "test_resnet",
-                "weights": write_teacher(root / "teacher.safetensors"),
+                "weights": storage.join(root, "teacher.safetensors"),
                 "kwargs": {"output_stride": 8},
             },
             "student": {

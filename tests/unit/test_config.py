@@ -138,7 +138,7 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
         ("train.num_workers", 0),
         ("train.accumulation_steps", 0),
         ("train.log_every_steps", 0),
-        ("train.keep_checkpoints", 0),
+        ("train.keep_last", 0),
         ("train.max_failures", -1),
         ("train.cpus_per_worker", -1),
         ("eval.every_epochs", -1),
