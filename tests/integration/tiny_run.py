@@ -1,6 +1,7 @@
 """A run of a minute: coloured JPEGs, a teacher with an MLP head, 22 steps of two workers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,6 @@ def run_under(root: str) -> Config:
         }
     )
     assert isinstance(config.data.sources[0], SourceConfig)
-    pack(config.data, seed=config.run.seed)
     return config
 
 
