@@ -8,6 +8,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.shards",
     "data.max_bad_fraction",
     "data.max_pixels",
+    "data.max_decode_s",
     "data.shard_mib",
     "data.images_per_task",
     "data.prefetch_batches",

@@ -171,7 +171,7 @@ def read_features(uri: str) -> LabelledFeatures:
         raise ShardError(f"{uri}: holds no readable {MANIFEST}; give the same command again")
     tables = []
     for part in stored["parts"]:
-        path = storage.join(uri, part.file)
+        path = storage.inside(uri, part.file)
         if not storage.exists(path):
             raise ShardError(f"{path} is missing; give the same command again")
         data = storage.read_bytes(path)

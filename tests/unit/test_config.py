@@ -101,6 +101,7 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
     [
         ("data.max_bad_fraction", 1.5),
         ("data.max_pixels", 0),
+        ("data.max_decode_s", 0.0),
         ("data.shard_mib", 0),
         ("data.images_per_task", 0),
         ("data.prefetch_batches", -1),
