@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import json
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from pcd_ray import storage
-from pcd_ray.config import Config, config_from_values, to_yaml
+from pcd_ray.config import Config, config_from_values, parse_yaml, to_yaml
 from pcd_ray.errors import CheckpointError, ConfigError
 from pcd_ray.metric_names import SCORES
 
@@ -160,7 +159,7 @@ def load_checkpoint(uri: str) -> Checkpoint:
         )
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # bytes that are no torch file fail in any way
         raise DamagedCheckpointError(f"{uri}: state.pt cannot be read ({error})") from error
     return Checkpoint(uri, state, about, _config(uri))
 
@@ -278,7 +277,7 @@ def _best_checkpoint(folder: RunFolder) -> Checkpoint:
 
 def _config(uri: str) -> Config:
     try:
-        values = dict(yaml.safe_load(_read(uri, "config.yaml")))
+        values = dict(parse_yaml(_read(uri, "config.yaml").decode()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise DamagedCheckpointError(f"{uri}: config.yaml is damaged ({error})") from error
     try:
@@ -300,7 +299,7 @@ def _read(uri: str, name: str) -> bytes:
 def _about(uri: str) -> dict[str, Any] | None:
     mark = storage.join(uri, "checkpoint.json")
     try:
-        content = json.loads(storage.read_text(mark)) if storage.exists(mark) else None
-    except (json.JSONDecodeError, storage.NotTextError):
+        content = storage.parse_json(storage.read_text(mark)) if storage.exists(mark) else None
+    except (ValueError, storage.NotTextError):
         return None
     return content if isinstance(content, dict) else None

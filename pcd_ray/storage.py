@@ -5,13 +5,14 @@ their upload completes. What may pass is tried again (`patience`). All functions
 `StorageError` naming the URI and the cause; a URI that carries credentials is refused.
 """
 
+import json
 import os
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 
@@ -48,6 +49,7 @@ __all__ = [
     "list_files",
     "name_of",
     "parent",
+    "parse_json",
     "read_bytes",
     "read_text",
     "split_query",
@@ -203,6 +205,18 @@ def read_text(uri: str) -> str:
         return read_bytes(uri).decode()
     except UnicodeDecodeError as error:
         raise NotTextError(f"{uri} is no UTF-8 text ({error.reason}); give a text file") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -24,7 +24,8 @@ class RunConfig:
     """Resume although a setting that matters differs from the stored run's."""
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a plain name")
+        plain = self.name not in ("", ".", "..") and "/" not in self.name
+        require(plain, "run.name", self.name, "a plain name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

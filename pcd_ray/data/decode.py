@@ -20,8 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pcd_ray import storage
 from pcd_ray.errors import ShardError
 
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-"""Pillow's names of what is read; MPO is how some cameras call a JPEG."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Pillow's names of what is read; its JPEG takes MPO, of some cameras, too."""
 MAX_DECODE_S = 10.0
 """The time limit where nobody sets another."""
 _JPEG_BLOCK = 1024  # bytes; the shortest pass takes 31, and 16 ms at 16 million pixels

@@ -134,7 +134,7 @@ def _record_uri(folder: str, part: int) -> str:
 
 def _read_record(uri: str) -> PartRecord:
     try:
-        return PartRecord(**json.loads(storage.read_text(uri)))
+        return PartRecord(**storage.parse_json(storage.read_text(uri)))
     except (ValueError, TypeError) as error:
         raise ShardError(f"{uri}: is damaged ({error}); delete it and pack again") from error
 

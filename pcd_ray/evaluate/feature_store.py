@@ -195,7 +195,7 @@ def _record(name: str, images: int, data: bytes) -> StoredPart:
 def _manifest(uri: str) -> dict[str, Any] | None:
     """Return a folder's manifest; None: absent, damaged or of another format."""
     try:
-        stored = dict(json.loads(storage.read_text(storage.join(uri, MANIFEST))))
+        stored = dict(storage.parse_json(storage.read_text(storage.join(uri, MANIFEST))))
         if stored["format_version"] != FORMAT_VERSION:
             return None
         return {**stored, "parts": [StoredPart(**part) for part in stored["parts"]]}
