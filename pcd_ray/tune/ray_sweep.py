@@ -111,14 +111,14 @@ def write_records(config: Config, folder: RunFolder, opened: OpenStudy) -> Sweep
 
 
 def trials_at_a_time(config: Config, have: ClusterResources, *, device: str) -> int:
-    """Return how many trials run at once.
+    """Return how many trials run at once; of an elastic trial's workers there may be the most.
 
     Raises:
         ClusterError: ``tune.max_concurrent`` trials need more than the cluster has.
     """
-    workers, asked = config.train.num_workers, config.tune.max_concurrent
+    workers, asked = config.train.max_workers, config.tune.max_concurrent
     if device == "cuda":
-        fitting = int(have.gpus // workers)
+        fitting = int(have.gpus // workers) or int(have.gpus >= config.train.min_workers)
         needs = f"{workers} GPUs each (train.num_workers), the cluster has {have.gpus:g}"
     else:
         per_trial = workers * max(config.train.cpus_per_worker, 1) + config.data.cpus_per_task
@@ -143,7 +143,7 @@ def places_of(
             places[f"{name}.cache.path"] = folder.file("teacher_cache")
     if many > 1 and not config.train.threads_per_worker:
         cores = have.cpus / max(1, have.nodes)
-        share = cores / -(-many * config.train.num_workers // max(1, have.nodes))
+        share = cores / -(-many * config.train.max_workers // max(1, have.nodes))
         places["train.threads_per_worker"] = max(1, int(share))
     return places
 
