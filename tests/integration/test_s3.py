@@ -89,6 +89,7 @@ class Outage:
         self.server.to_fail = 0
 
 
+@pytest.mark.slow
 def test_pack_train_stop_resume_export_in_a_bucket_that_fails_now_and_then(
     server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
