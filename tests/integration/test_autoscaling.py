@@ -2,7 +2,9 @@
 
 Simulated: Ray's fake multi-node provider starts each node as further Ray processes on this machine,
 and GPUs are numbers. Real: Ray's autoscaler, its scheduling by labels, and a run of our own, which
-therefore trains on CPUs of the nodes that are labelled for training.
+therefore trains on CPUs of the nodes that are labelled for training. The autoscaler (v1) counts
+resources and ignores labels when it decides what is missing, so that a worker, which takes a node
+of 3 CPUs whole, must not fit on a node of 2.
 """
 
 import contextlib
@@ -126,7 +128,7 @@ def _launcher(address: str) -> dict[str, Any]:
                 "max_workers": 1,
             },
             "train": {
-                "resources": {"CPU": 1, "GPU": 1, "object_store_memory": store},
+                "resources": {"CPU": 3, "GPU": 1, "object_store_memory": store},
                 "labels": {"pool": "train"},
                 "node_config": {},
                 "max_workers": 2,
@@ -305,7 +307,7 @@ def _check(cluster: Cluster, tmp_path: Path, did: dict[str, Any]) -> None:
         "waiting for nodes that the autoscaler will bring: room for 0 of 1 data task"
         in (did["err"])
     )
-    assert "room for 0 of 2 workers of 1 CPUs on nodes with pool=train" in did["err"]
+    assert "room for 0 of 2 workers of 3 CPUs on nodes with pool=train" in did["err"]
     summary = json.loads((tmp_path / "runs" / "reference" / "summary.json").read_text())
     assert summary["step"] == NUM_IMAGES // BATCH
     assert "not_judged" not in summary
