@@ -139,6 +139,32 @@ def share_for_workers(
     return WorkerShare(chosen, cpus, threads_per_worker or max(1, cores // workers_per_node))
 
 
+def cpus_beside_others(
+    have: ClusterResources,
+    *,
+    groups: int,
+    num_workers: int,
+    device: str,
+    cpus_per_data_task: float,
+) -> float:
+    """Return what each worker may reserve where several groups of workers run at once.
+
+    Half of a group's part of the cluster is left to its data tasks, as for one group alone; 0: let
+    `share_for_workers` decide, which reserves nothing on a small machine.
+
+    Args:
+        have: the cluster.
+        groups: how many there are.
+        num_workers: of each group.
+        device: ``cpu`` or ``cuda``.
+        cpus_per_data_task: ``data.cpus_per_task``.
+    """
+    if device == "cpu" and have.cpus <= _SMALL_CPUS:
+        return 0.0
+    half = (have.cpus / groups - cpus_per_data_task) / num_workers / 2
+    return max(0.001, round(min(half, 1.0) if device == "cuda" else half, 3))
+
+
 def share_for_pool(
     have: ClusterResources, *, device: str, most: int, cpus_per_data_task: float
 ) -> tuple[int, WorkerShare]:
@@ -198,10 +224,22 @@ def call_in_tasks(
     )(work)
     begun = [task.remote(*each) for each in arguments]
     try:
-        return list(ray.get(begun))
-    except ray.exceptions.RayError as error:
+        return fetched(begun)
+    except Exception:
         for each in begun:
             ray.cancel(each)
+        raise
+
+
+def fetched(begun: Sequence[Any]) -> list[Any]:
+    """Return the results of calls that have begun, in order.
+
+    Raises:
+        PcdError: as `call_in_tasks`.
+    """
+    try:
+        return list(ray.get(list(begun)))
+    except ray.exceptions.RayError as error:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
         if isinstance(cause, PcdError):
             raise cause from None

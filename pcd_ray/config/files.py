@@ -1,5 +1,6 @@
 """Plain data, YAML files and overrides to a checked Config, and back."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ def config_from_values(values: dict[str, Any]) -> Config:
         ConfigError: all problems at once, each with its dotted path and the nearest known name.
     """
     try:
-        return TypeAdapter(Config).validate_python(_with_source_mappings(values))
+        checked: Config = _adapter(Config).validate_python(_with_source_mappings(values))
+        return checked
     except ValidationError as error:
         problems = sorted({problem(dict(item)) for item in error.errors()})
         raise ConfigError("\n".join(problems)) from error
@@ -26,7 +28,7 @@ def config_from_values(values: dict[str, Any]) -> Config:
 
 def config_to_values(config: Any) -> dict[str, Any]:
     """Return a Config (or a section of it) as plain nested data, ready for YAML and JSON."""
-    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    plain: dict[str, Any] = _adapter(type(config)).dump_python(config, mode="json")
     return plain
 
 
@@ -88,6 +90,12 @@ def config_from_argv(argv: Sequence[str]) -> Config:
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML, defaults included."""
     return str(yaml.safe_dump(config_to_values(config), sort_keys=False))
+
+
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Return what checks and dumps a section; it takes far longer to build than to use."""
+    return TypeAdapter(kind)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -11,24 +11,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
+import ray
 from optuna.trial import TrialState
 from ray import tune
 
 from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
+from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
-from pcd_ray.ray_cluster import ClusterResources, connect
-from pcd_ray.train.ray_launch import dry_run
+from pcd_ray.ray_cluster import ClusterResources, connect, cpus_beside_others
+from pcd_ray.train.ray_launch import dry_run, with_absolute_places
+from pcd_ray.train.run_plan import RunPlan
+from pcd_ray.train.teacher_cache import bytes_in_words, usual_cache_path
 from pcd_ray.tune.ray_progress import Progress
-from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule, trial_name
-from pcd_ray.tune.ray_trial import run_trial
+from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule
+from pcd_ray.tune.ray_trial import CacheBuilder, run_trial
 from pcd_ray.tune.records import (
     TrialRecord,
     best_trial,
     best_yaml,
     records_of,
     trade_offs,
+    trial_name,
     trial_values,
     trials_csv,
 )
@@ -37,7 +42,9 @@ from pcd_ray.tune.study import OVER, OpenStudy, open_study
 from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
 _OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
-_DRIVER_CPUS = 0.01  # a trial's own process waits for its workers
+_OF_MAPS = ("teacher.", "teacher_2.", "augment.", "pairing.", "train.precision")
+"""Options that teachers' maps follow from begin so."""
+_OF_A_DRIVER = {"CPU": 0, "memory": 1}  # it waits for its workers, and Ray refuses nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +86,18 @@ def sweep(config: Config) -> SweepResult:
             trial starts. A trial that fails later is recorded with its reason and stops nothing.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = with_absolute_places(config)
     space = open_space(config)
     _check_scores(config)
+    if not config.data.shards:
+        raise ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
+    images = open_shards(config.data.shards).content_hash
     folder = RunFolder.of(config)
     storage.check_writable(folder.uri)
-    opened = open_study(config, space, folder)
+    opened = open_study(config, space, folder, data_sha256=images)
     left = config.tune.trials - len(opened.trials(*OVER))
     if left > 0:
+        left = max(left, len(opened.trials(TrialState.RUNNING)))  # what has begun is finished
         storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
         _run(config, space, folder, opened, left)
     return write_records(config, folder, opened)
@@ -117,11 +129,16 @@ def trials_at_a_time(config: Config, have: ClusterResources, *, device: str) -> 
         ClusterError: ``tune.max_concurrent`` trials need more than the cluster has.
     """
     workers, asked = config.train.num_workers, config.tune.max_concurrent
+    per_worker = config.train.cpus_per_worker
     if device == "cuda":
-        fitting = int(have.gpus // workers)
-        needs = f"{workers} GPUs each (train.num_workers), the cluster has {have.gpus:g}"
+        per_trial = workers * per_worker + config.data.cpus_per_task
+        fitting = max(1, int(min(have.gpus // workers, have.cpus // per_trial)))
+        needs = (
+            f"{workers} GPUs (train.num_workers) and {per_trial:g} CPUs each, the cluster has "
+            f"{have.gpus:g} and {have.cpus:g}"
+        )
     else:
-        per_trial = workers * max(config.train.cpus_per_worker, 1) + config.data.cpus_per_task
+        per_trial = workers * max(per_worker, 1) + config.data.cpus_per_task
         fitting = max(1, int(have.cpus // per_trial))
         needs = f"{per_trial:g} CPUs each, the cluster has {have.cpus:g}"
     if asked > fitting:
@@ -132,20 +149,47 @@ def trials_at_a_time(config: Config, have: ClusterResources, *, device: str) -> 
 
 
 def places_of(
-    config: Config, folder: RunFolder, have: ClusterResources, many: int
+    config: Config, folder: RunFolder, have: ClusterResources, *, many: int, device: str
 ) -> dict[str, Any]:
-    """Return the options that a sweep sets for all of its trials: what they share and may use."""
+    """Return the options that a sweep sets for all of its trials: what they share and may use.
+
+    Caches lie where a run in the sweep's own place has them, and so ``best.yaml``.
+    """
     places: dict[str, Any] = {"eval.pictures": False}
     if not config.eval.references:
         places["eval.references"] = folder.file("references")
     for name, teacher in config.teachers.items():
         if teacher.cache.views and not teacher.cache.path:
-            places[f"{name}.cache.path"] = folder.file("teacher_cache")
+            places[f"{name}.cache.path"] = usual_cache_path(config)
     if many > 1 and not config.train.threads_per_worker:
         cores = have.cpus / max(1, have.nodes)
         share = cores / -(-many * config.train.num_workers // max(1, have.nodes))
         places["train.threads_per_worker"] = max(1, int(share))
+    if many > 1 and not config.train.cpus_per_worker:
+        places["train.cpus_per_worker"] = cpus_beside_others(
+            have,
+            groups=many,
+            num_workers=config.train.num_workers,
+            device=device,
+            cpus_per_data_task=config.data.cpus_per_task,
+        )
     return places
+
+
+def cache_lines(space: Space, plan: RunPlan) -> list[str]:
+    """Return what the teachers' stored maps of a sweep will cost, before they are made."""
+    lines = []
+    varied = [name for name in space.distributions if name.startswith(_OF_MAPS)]
+    for name in ("teacher", "teacher_2"):
+        values = plan.summary() if name == "teacher" else (plan.teacher_2 or {})
+        cache = values.get("teacher_cache")
+        if cache is None:
+            continue
+        size = f"{cache['maps']:,} maps, {bytes_in_words(cache['bytes'])}"
+        there = {"whole": "all there", "partial": "partly there", "missing": "to be made"}
+        each = f"; as much again for each new value of {', '.join(varied)}" * bool(varied)
+        lines.append(f"{name} cache: {size}, in {cache['uri']}: {there[cache['state']]}{each}")
+    return lines
 
 
 def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, left: int) -> None:
@@ -155,11 +199,12 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
     """
     have = connect()
-    device = dry_run(config).device  # refuses what no trial could run with
+    plan = dry_run(config)  # refuses what no trial could run with
+    device = plan.device
     many = trials_at_a_time(config, have, device=device)
     trials_uri = folder.file("trials")
     progress = Progress(config, opened, lambda: write_records(config, folder, opened))
-    progress.begin(space, at_a_time=many, left=left)
+    progress.begin(space, at_a_time=many, left=left, notes=cache_lines(space, plan))
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # trials write their own metrics, and Progress says what a user needs to know
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
@@ -167,10 +212,11 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         run_trial,
         base=config_to_values(_without_secrets(config)),
         trials_uri=trials_uri,
-        places=places_of(config, folder, have, many),
+        places=places_of(config, folder, have, many=many, device=device),
+        builder=ray.remote(num_cpus=0)(CacheBuilder).remote() if many > 1 else None,
     )
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": _DRIVER_CPUS}),
+        tune.with_resources(trial, _OF_A_DRIVER),
         tune_config=tune.TuneConfig(
             search_alg=StudySearch(opened, space, config, trials_uri),
             scheduler=stopping_rule(config, opened),
