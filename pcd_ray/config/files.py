@@ -28,7 +28,9 @@ def config_from_values(values: dict[str, Any]) -> Config:
 
 def config_to_values(config: Any) -> dict[str, Any]:
     """Return a Config (or a section of it) as plain nested data, ready for YAML and JSON."""
-    plain: dict[str, Any] = _adapter(type(config)).dump_python(config, mode="json")
+    plain: dict[str, Any] = _adapter(type(config)).dump_python(  # type: ignore[arg-type]
+        config, mode="json"
+    )
     return plain
 
 

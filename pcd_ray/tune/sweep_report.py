@@ -121,7 +121,7 @@ def _write_pages_of_unfinished(
     """Write ``report.html`` of each trial that was stopped early or failed, once."""
     for record in records:
         own = RunFolder(folder.file("trials", trial_name(record.number)))
-        if record.over and not storage.exists(own.file("report.html")):
+        if record.state in _ENDS and not storage.exists(own.file("report.html")):
             storage.write_text(own.file("report.html"), _page_of_unfinished(own, config, record))
 
 
