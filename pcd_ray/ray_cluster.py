@@ -95,13 +95,16 @@ def resources() -> ClusterResources:
 def share_for_workers(
     have: ClusterResources,
     *,
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     device: str,
     cpus_per_worker: float,
     threads_per_worker: int,
     cpus_per_data_task: float,
 ) -> WorkerShare:
     """Decide what each training worker gets, such that Ray Data keeps room to work.
+
+    Of ``[least, most]`` workers the cluster must hold the least; each gets what it would get beside
+    as many as there is room for now.
 
     Args:
         have: the cluster.
@@ -115,6 +118,8 @@ def share_for_workers(
         ClusterError: the cluster cannot hold the workers and one data task.
     """
     chosen = ("cuda" if have.gpus >= 1 else "cpu") if device == "auto" else device
+    least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
+    num_workers = max(least, min(most, int(have.gpus if chosen == "cuda" else have.cpus)))
     if chosen == "cpu" and not cpus_per_worker and num_workers > have.cpus:
         raise ClusterError(
             f"train.num_workers={num_workers} on CPUs need one each, the cluster has "
@@ -127,10 +132,10 @@ def share_for_workers(
             + ("" if have.gpus else " and train.device=cpu")
         )
     cpus = cpus_per_worker or _cpus_per_worker(have, num_workers, chosen, cpus_per_data_task)
-    wanted = cpus * num_workers + cpus_per_data_task
+    wanted = cpus * least + cpus_per_data_task
     if wanted > have.cpus + 1e-6:
         raise ClusterError(
-            f"train.num_workers={num_workers} x {cpus:g} CPUs and one data task of "
+            f"train.num_workers={least} x {cpus:g} CPUs and one data task of "
             f"data.cpus_per_task={cpus_per_data_task:g} need {wanted:g} CPUs, the cluster has "
             f"{have.cpus:g}; lower train.num_workers, train.cpus_per_worker or data.cpus_per_task"
         )

@@ -1,7 +1,8 @@
 """Which network a state dict belongs to, told by its names and shapes alone.
 
 Known are torchvision's ResNets (timm's have the same names) and plain vision transformers under
-timm's names, which MoCo v3, DINO and DINOv2 use too; mmpretrain's are renamed first.
+timm's names, which MoCo v3, DINO and DINOv2 use too, and timm's DINOv3; mmpretrain's are renamed
+first.
 """
 
 import math
@@ -43,6 +44,16 @@ _VIT_PATCHES_PX = {  # those that timm has under the plain names
 }
 _DINOV2_PATCH_PX = 14
 _DINOV2_REGISTERS = 4
+_DINOV3_SIZES = {  # width, depth, gated MLPs or not
+    (192, 12, False): "tiny",
+    (384, 12, False): "small",
+    (384, 12, True): "small_plus",
+    (768, 12, False): "base",
+    (1024, 24, False): "large",
+    (1280, 32, True): "huge_plus",
+    (4096, 40, True): "7b",
+}
+_DINOV3_PATCH_PX = 16
 _VIT_KEY = re.compile(
     r"(cls_token|reg_token|pos_embed|patch_embed\.proj\.(weight|bias)"
     r"|blocks\.(\d+)\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
@@ -90,6 +101,8 @@ def network_of(state: Mapping[str, Tensor], *, mocov3: bool = False) -> Network 
         return _resnet(state)
     if (ndims.get("patch_embed.proj.weight"), ndims.get("pos_embed")) == (4, 3):
         return _vision_transformer(state, mocov3=mocov3)
+    if "reg_token" in state and ndims.get("blocks.0.gamma_1") == 1 and "pos_embed" not in state:
+        return _dinov3(state)
     groups = listed(sorted({key.partition(".")[0] for key in state}))
     return f"its names ({groups}) are of no ResNet or vision transformer that tells its size"
 
@@ -166,6 +179,19 @@ def _vision_transformer(state: Mapping[str, Tensor], *, mocov3: bool) -> Network
     if mocov3 and size == "small":
         kwargs["num_heads"] = 12
     return Network(name, kwargs)
+
+
+def _dinov3(state: Mapping[str, Tensor]) -> Network | str:
+    patches = state.get("patch_embed.proj.weight")
+    if patches is None or patches.shape[-1] != _DINOV3_PATCH_PX:
+        return f"a vision transformer of registers and no positions, not in {_DINOV3_PATCH_PX} px"
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    gated = "blocks.0.mlp.fc1_g.weight" in state
+    size = _DINOV3_SIZES.get((len(patches), depth, gated))
+    if size is None:
+        return f"a vision transformer of width {len(patches)} and depth {depth} that is no DINOv3"
+    bias = "_qkvb" if "blocks.0.attn.q_bias" in state else ""
+    return Network(f"vit_{size}_patch{_DINOV3_PATCH_PX}_dinov3{bias}")
 
 
 def _vit_name(size: str, patch_px: int, registers: int, *, dinov2: bool) -> str | None:

@@ -133,6 +133,7 @@ LAYOUTS = (
         unused={**_MMPRETRAIN.unused, "neck.norm.": "a second name of the neck's norm"},
     ),
     _MMPRETRAIN,
+    replace(_SOLO, told_by=(*_SOLO.told_by, "classifier."), parallel=True),
     replace(_BARLOW_TWINS, name="VICReg", told_by=("backbone.", "projector.0.bias"), unused={}),
     _BARLOW_TWINS,
     _SOLO,

@@ -44,6 +44,8 @@ _NO_TENSORS = (
     "numpy._core.multiarray._reconstruct",
     "__main__.exclude_bias_and_norm",  # in the optimiser of Barlow Twins and VICReg
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # solo-learn's
+    "mmengine.logging.history_buffer.HistoryBuffer",  # curves beside mmpretrain's weights ...
+    "builtins.getattr",  # ... whose own functions are named so
 )
 """What published checkpoints name besides tensors."""
 

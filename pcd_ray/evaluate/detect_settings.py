@@ -10,15 +10,20 @@ from pcd_ray.evaluate.contents import files_sha256
 from pcd_ray.evaluate.detection_data import DetectionData, open_detection
 from pcd_ray.evaluate.detection_examples import DetectionViews
 from pcd_ray.evaluate.detection_task import DetectionTask, taking_part
+from pcd_ray.evaluate.eval_sets import decode_all, spread
 from pcd_ray.evaluate.finetune_settings import FinetuneSettings, check_batch
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 
 _PRESET_STEPS = {"coco_1x": 90_000, "coco_2x": 180_000}  # with this many images each:
 _PRESET_BATCH = 16
+DECODED = 1000
+"""Images of a set that are decoded before a detector is trained."""
 
 
 def open_detection_set(config: Config) -> DetectionData:
-    """Return the set of ``eval.detect.data``.
+    """Return the set of ``eval.detect.data``; all images of a small one can be decoded.
+
+    Of a large one an evenly spread sample is tried.
 
     Raises:
         ConfigError: the option is empty, or the batch does not split over the workers.
@@ -30,9 +35,15 @@ def open_detection_set(config: Config) -> DetectionData:
             "eval.detect.data is empty; give a folder with images/, instances_train.json and "
             "instances_val.json, or COCO 2017 as it is downloaded"
         )
-    check_batch("eval.detect.global_batch_size", detect.global_batch_size, config.train.num_workers)
+    check_batch("eval.detect.global_batch_size", detect.global_batch_size, config.train.min_workers)
     with naming("eval.detect.data"):
-        return open_detection(detect.data, masks=detect.masks)
+        data = open_detection(detect.data, masks=detect.masks)
+    images = [*data.train.images, *data.val.images]
+    tried = [images[row] for row in spread(len(images), DECODED)]
+    decode_all(
+        "eval.detect.data", lambda image: image.pixels(max_pixels=config.data.max_pixels), tried
+    )
+    return data
 
 
 def contents_of(data: DetectionData) -> list[str]:
@@ -56,7 +67,7 @@ def detect_facts(data: DetectionData, config: Config, device: str) -> dict[str, 
         **views,
         "box_head": detect.box_head,
         "rois_per_image": detect.rois_per_image,
-        **settings.facts(num_workers=config.train.num_workers, device=device),
+        **settings.facts(num_workers=config.train.min_workers, device=device),
     }
 
 

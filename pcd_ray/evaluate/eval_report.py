@@ -216,9 +216,19 @@ def _caption(name: str) -> str:
     return PICTURES[name]
 
 
+_SHOWN = {
+    "confusion.png": "What each true class's pixels of the validation images are taken for.",
+    "test_confusion.png": "What each true class's pixels of the test images are taken for.",
+    "segmentation.png": "Validation images, their labels, and what is predicted.",
+    "detections.png": "Objects of validation images, and what is found.",
+    "training.png": "Losses and learning rate of fine-tuning, step by step.",
+}
+"""Picture of one row -> what it shows."""
+
+
 def _figures(rows: Mapping[str, Sequence[Scores]]) -> list[Figure]:
     return [
-        Figure(png, f"{label}: {name.rpartition('.')[0].replace('_', ' ')}")
+        Figure(png, f"{label}. {_SHOWN.get(name, name)}")
         for label, scores in rows.items()
         for name, png in scores[0].pictures.items()
     ]

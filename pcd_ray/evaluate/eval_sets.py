@@ -97,16 +97,36 @@ def look_through(config: Config) -> dict[str, str]:
     knn, probe = open_knn_images(config), open_probe(config)
     if knn is not None:
         for option, index in (("eval.knn_train", knn.train), ("eval.knn_test", knn.test)):
-            rows = _spread(index.num_rows, KNN_SAMPLE)
+            rows = spread(index.num_rows, KNN_SAMPLE)
             entries = index.take(pa.array(rows)).to_pylist()
-            _decode_all(option, lambda entry: _decode(entry, config.data.max_pixels), entries)
+            decode_all(option, lambda entry: _decode(entry, config.data.max_pixels), entries)
             read[option] = f"{_share(len(rows), index.num_rows)} images"
     if probe is not None:
         names = [name for split in probe.splits for name in probe.names(split)]
-        rows = _spread(len(names), PROBE_SAMPLE)
-        _decode_all("eval.segmentation", probe.example, [names[row] for row in rows])
+        rows = spread(len(names), PROBE_SAMPLE)
+        decode_all("eval.segmentation", probe.example, [names[row] for row in rows])
         read["eval.segmentation"] = f"{_share(len(rows), len(names))} images and masks"
     return read
+
+
+def spread(count: int, most: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Return all of ``count`` rows, or ``most`` of them, evenly spread."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
+def decode_all(option: str, decode: Callable[[Any], object], items: Sequence[Any]) -> None:
+    """Decode all items, several at once; what comes of it is not kept.
+
+    Raises:
+        PcdError: what ``decode`` raises first, after the option's name.
+    """
+
+    def decode_one(item: Any) -> None:
+        decode(item)
+
+    with naming(option), ThreadPoolExecutor(REMOTE_READS) as pool:
+        for _ in pool.map(decode_one, items):
+            pass
 
 
 def _labelled(option: str, uri: str, left_out: list[str]) -> pa.Table:
@@ -126,21 +146,8 @@ def _labelled(option: str, uri: str, left_out: list[str]) -> pa.Table:
     return index.filter(pa.array(labelled))
 
 
-def _spread(count: int, most: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
-
-
 def _share(read: int, of: int) -> str:
     return f"all {of:,}" if read == of else f"{read:,} of {of:,}"
-
-
-def _decode_all(option: str, decode: Callable[[Any], object], items: Sequence[Any]) -> None:
-    def decode_one(item: Any) -> None:
-        decode(item)  # what comes of it is not kept
-
-    with naming(option), ThreadPoolExecutor(REMOTE_READS) as pool:
-        for _ in pool.map(decode_one, items):
-            pass
 
 
 def _decode(entry: dict[str, Any], max_pixels: int) -> None:

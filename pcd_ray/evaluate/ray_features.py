@@ -6,6 +6,7 @@ Parts that lie on storage already are not computed again.
 Shapes: B images, C channels.
 """
 
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from pcd_ray.evaluate.feature_store import (
 )
 from pcd_ray.evaluate.features import pooled_features
 from pcd_ray.evaluate.judged_network import JudgedNetwork
+from pcd_ray.evaluate.progress import Progress
 from pcd_ray.ray_cluster import resources, share_for_pool
 
 
@@ -114,11 +116,14 @@ def _computed(
         chunks_ahead=chunks_ahead(config.data, config.eval.images_per_forward),
     )
     written = {}
+    progress = Progress(f"features of {network.label}", "images", len(rows))
     with closing(blocks):
         batches = rebatched(blocks, target.request.images_per_part)  # all but the last are full
         for part, batch in zip(missing, batches, strict=True):
             features = torch.from_numpy(batch["feature"])
             written[part] = target.write_part(part, index, features)
+            if line := progress.line(len(features)):
+                sys.stderr.write(f"{line}\n")
     return written
 
 

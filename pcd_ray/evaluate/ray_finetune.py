@@ -78,7 +78,7 @@ def finetune(
         num_workers: Ray Train workers, one GPU each on cuda.
         device: ``cpu`` or ``cuda``.
         config: of the evaluation; ``train.cpus_per_worker``, ``threads_per_worker`` and
-            ``max_failures`` are used, and it is stored with the checkpoints.
+            ``max_failures`` and the like are used, and it is stored with the checkpoints.
 
     Raises:
         PcdError: what a user can mend; checkpoints stay.
@@ -131,8 +131,8 @@ def _fit(  # noqa: PLR0913 - what, how and where
         },
         folder=folder,
         share=share,
+        settings=config.train,
         num_workers=num_workers,
-        max_failures=config.train.max_failures,
         on_event=functools.partial(_note, log),
     )
 

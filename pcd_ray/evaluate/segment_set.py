@@ -39,7 +39,8 @@ def open_segment_set(config: Config) -> SegmentSet:
 
     Raises:
         ConfigError: the option is empty.
-        ShardError: files are missing, damaged or do not fit each other: all are counted at once.
+        ShardError: files are missing, damaged or do not fit each other: all are counted at once;
+            or nothing of a split is labelled.
     """
     data = open_probe(config)
     if data is None:
@@ -54,7 +55,7 @@ def looked_through(data: SegmentationData) -> SegmentSet:
     """Decode all images and masks of a set.
 
     Raises:
-        ShardError: some of them cannot be used.
+        ShardError: some of them cannot be used, or a split has no labels.
     """
     names = list(dict.fromkeys(name for split in data.splits for name in data.names(split)))
     seen = dict(zip(names, _all_seen(lambda name: _seen(data, name), names), strict=True))
@@ -66,6 +67,10 @@ def looked_through(data: SegmentationData) -> SegmentSet:
     notes = []
     for split in data.splits:
         pixels = np.stack([seen[name].pixels for name in data.names(split)]).sum(axis=0)
+        if not pixels.any():
+            raise ShardError(
+                f"{data.uri}: {split} has 0 labelled pixels; label some that are not void ({VOID})"
+            )
         notes += _empty_classes(split, data.classes, pixels)
     sizes = tuple(sorted({found.size for found in seen.values()}))
     return SegmentSet(data, tuple(notes), sizes, hash_of(facts))

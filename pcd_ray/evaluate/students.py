@@ -23,6 +23,7 @@ from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
 from pcd_ray.config import Config, StudentConfig, TeacherConfig, config_from_values
 from pcd_ray.distill.backbones import Backbone, is_known
 from pcd_ray.distill.build import build_student, load_teacher
+from pcd_ray.distill.teacher_parts import take_apart
 from pcd_ray.distill.weights import load_backbone, read_weights, tensors_sha256
 from pcd_ray.errors import ConfigError, PcdError, WeightsError, naming
 from pcd_ray.evaluate.judged_network import JudgedNetwork
@@ -192,6 +193,12 @@ def _of_file(uri: str, arch: str) -> JudgedNetwork:
     label = storage.name_of(uri).rpartition(".")[0] or storage.name_of(uri)
     said = file.metadata
     if not str(said.get("made_by", "")).startswith("pcd_ray") or "config" not in said:
+        network = take_apart(file).network
+        if not arch and isinstance(network, str):
+            raise WeightsError(
+                f"{uri} does not say its network: {network}; write {uri}@TIMM_NAME, such as "
+                f"{storage.name_of(uri)}@resnet18"
+            )
         published = _published(label, TeacherConfig(arch=arch, weights=uri, head="none"))
         return replace(published, source=uri)  # files of one name lie in several folders
     config = _exported_config(uri, said["config"])

@@ -235,16 +235,17 @@ def _fit(
     listener: Callable[[Event], None] | None,
 ) -> None:
     """Train on the workers, passing on what they tell."""
+    said: dict[str, Callable[[Event], None]] = {
+        "metrics": lambda event: log.metrics(event.step, event.epoch, event.values),
+        "resumed": lambda event: log.resume_at(event.step),
+        "checkpoint": lambda _: log.save(),
+        "lost": lambda event: log.lost(event.text),
+        "say": lambda event: log.say(event.text),
+    }
 
     def on_event(event: Event) -> None:
-        if event.kind == "metrics":
-            log.metrics(event.step, event.epoch, event.values)
-        elif event.kind == "resumed":
-            log.resume_at(event.step)
-        elif event.kind == "checkpoint":
-            log.save()
-        elif event.kind == "say":
-            log.say(event.text)
+        if event.kind in said:
+            said[event.kind](event)
         if listener is not None:
             listener(event)
 
@@ -253,8 +254,8 @@ def _fit(
         {"config": config_to_values(config)},
         folder=folder,
         share=share,
+        settings=config.train,
         num_workers=config.train.num_workers,
-        max_failures=config.train.max_failures,
         on_event=on_event,
     )
 

@@ -44,7 +44,7 @@ from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 _OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
 _OF_MAPS = ("teacher.", "teacher_2.", "augment.", "pairing.", "train.precision")
 """Options that teachers' maps follow from begin so."""
-_OF_A_DRIVER = {"CPU": 0, "memory": 1}  # it waits for its workers, and Ray refuses nothing
+_OF_A_DRIVER = {"CPU": 0.0, "memory": 1.0}  # it waits for its workers, and Ray refuses nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +123,12 @@ def write_records(config: Config, folder: RunFolder, opened: OpenStudy) -> Sweep
 
 
 def trials_at_a_time(config: Config, have: ClusterResources, *, device: str) -> int:
-    """Return how many trials run at once.
+    """Return how many trials run at once; of an elastic trial's workers there may be the most.
 
     Raises:
         ClusterError: ``tune.max_concurrent`` trials need more than the cluster has.
     """
-    workers, asked = config.train.num_workers, config.tune.max_concurrent
+    workers, asked = config.train.max_workers, config.tune.max_concurrent
     per_worker = config.train.cpus_per_worker
     if device == "cuda":
         per_trial = workers * per_worker + config.data.cpus_per_task
@@ -163,13 +163,13 @@ def places_of(
             places[f"{name}.cache.path"] = usual_cache_path(config)
     if many > 1 and not config.train.threads_per_worker:
         cores = have.cpus / max(1, have.nodes)
-        share = cores / -(-many * config.train.num_workers // max(1, have.nodes))
+        share = cores / -(-many * config.train.max_workers // max(1, have.nodes))
         places["train.threads_per_worker"] = max(1, int(share))
     if many > 1 and not config.train.cpus_per_worker:
         places["train.cpus_per_worker"] = cpus_beside_others(
             have,
             groups=many,
-            num_workers=config.train.num_workers,
+            num_workers=config.train.max_workers,
             device=device,
             cpus_per_data_task=config.data.cpus_per_task,
         )

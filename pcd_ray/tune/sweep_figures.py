@@ -104,8 +104,8 @@ def _parallel(finished: Sequence[FrozenTrial], names: Sequence[str], score: str)
     for column, (_, ticks) in enumerate(columns):
         axes.axvline(column, color="#1c2026", linewidth=0.8, zorder=0)
         for place, text in ticks:
-            ground = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
-            right = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            ground: Any = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+            right: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(text, (column, place), fontsize=9, bbox=ground, zorder=5, **right)
     axes.set_xticks(range(len(columns)), [_in_two(name) for name in (score, *names)])
     axes.set_xlim(-0.15, len(columns) - 0.5)
@@ -292,7 +292,7 @@ def _legend(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
         if state in drawn:
             ground = colour if filled else "w"
             axes.scatter([], [], s=28, edgecolor=colour, facecolor=ground, label=state)
-    above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    above: Any = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
     axes.legend(frameon=False, fontsize=8, ncols=len(_MARKS) + 1, **above)
 
 

@@ -6,7 +6,9 @@ from pcd_ray.ray_cluster import ClusterResources, WorkerShare, share_for_pool, s
 LAPTOP = ClusterResources(cpus=2, gpus=0, nodes=1)
 
 
-def share(have: ClusterResources, num_workers: int, **settings: float | str) -> WorkerShare:
+def share(
+    have: ClusterResources, num_workers: int | tuple[int, int], **settings: float | str
+) -> WorkerShare:
     values = {"device": "auto", "cpus_per_worker": 0.0, "threads_per_worker": 0}
     values |= {"cpus_per_data_task": 1.0} | settings
     return share_for_workers(have, num_workers=num_workers, **values)
@@ -48,6 +50,18 @@ def test_what_the_user_says_counts() -> None:
     given = share(have, 2, device="cpu", cpus_per_worker=3.0, threads_per_worker=5)
     assert given == WorkerShare(device="cpu", cpus=3.0, threads=5)
     assert share(LAPTOP, 5, cpus_per_worker=0.1).cpus == 0.1  # cores may be shared on purpose
+
+
+def test_of_an_elastic_pair_the_least_must_fit_and_each_gets_what_leaves_room_for_more() -> None:
+    assert share(LAPTOP, (1, 4)) == share(LAPTOP, 2)
+    gpus = ClusterResources(cpus=8, gpus=2, nodes=1)
+    assert share(gpus, (1, 8)) == share(gpus, 2)
+    with pytest.raises(ClusterError, match=r"num_workers=3 with .* need 3 GPUs, the cluster has 2"):
+        share(gpus, (3, 8))
+    four = ClusterResources(cpus=4, gpus=0, nodes=2)
+    assert share(four, (2, 8), cpus_per_worker=1.5).cpus == 1.5  # and a data task
+    with pytest.raises(ClusterError, match=r"num_workers=3 x 1\.5 CPUs and one data task"):
+        share(four, (3, 8), cpus_per_worker=1.5)
 
 
 def test_ray_is_never_asked_for_nothing() -> None:

@@ -1,9 +1,12 @@
 """Each published layout, from files with its real names: recognised, whole, the same network."""
 
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -228,6 +231,62 @@ def test_dinos_smaller_patches_and_dinov2s_registers_are_told() -> None:
         state = {k: torch.ones(()).expand(v.shape) for k, v in body.state_dict().items()}
         expected = Network(name, {"img_size": size_px, "dynamic_img_size": True})
         assert network_of(state) == expected
+
+
+@pytest.mark.parametrize("size", ["small", "small_plus", "base", "large", "huge_plus", "7b"])
+def test_dinov3_is_told_with_and_without_biases_of_its_attention(size: str) -> None:
+    name = f"vit_{size}_patch16_dinov3"
+    for full in (name, f"{name}_qkvb"):
+        if full in timm.list_models():
+            with torch.device("meta"):
+                state = timm.create_model(full, num_classes=0).state_dict()
+            assert network_of(state) == Network(full)
+    del state["blocks.1.norm1.weight"]
+    fewer = {k: v for k, v in state.items() if not k.startswith("blocks.1.")}
+    assert "that is no DINOv3" in str(network_of(fewer))
+
+
+def test_a_local_dinov3_file_is_a_teacher_without_a_word(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    body = timm.create_model("vit_small_patch16_dinov3", num_classes=0).eval()
+    loaded = load(save(body.state_dict(), tmp_path / "dinov3.pth"))
+    assert (loaded.identity.arch, loaded.identity.head) == ("vit_small_patch16_dinov3", "pca")
+    batch = images(2, 1, 64)
+    with torch.no_grad():
+        tokens = body.forward_features(normalised(batch))[:, 5:]  # behind class and registers
+        expected = tokens.transpose(1, 2).unflatten(2, (4, 4))
+        got = loaded.backbone(batch)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_solo_learn_in_parallel_is_not_taken_for_barlow_twins() -> None:
+    published = small(ROWS["solo-learn BYOL R50"]).published()
+    parts = take_apart(in_memory(under("module.", weights_of(published))))
+    assert parts.layout == "solo-learn"
+    check_head(parts.head, published.head, int(published.body.num_features))
+
+
+def test_curves_beside_mmpretrains_weights_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = small(ROWS["mmpretrain BYOL R50"]).published()
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    name = "HistoryBuffer"  # it stores numbers and, by name, its own methods
+    curve = type(name, (), {"mean": lambda _: 0.0, "__module__": module.__name__})
+    curve.mean.__qualname__ = f"{name}.mean"
+    curve.mean.__module__ = module.__name__
+    module.HistoryBuffer = curve
+    made = curve()
+    made.__dict__ = {"_log_history": np.arange(3.0), "statistics_methods": {"mean": curve.mean}}
+    content = {**published.content, "message_hub": {"log_scalars": {"train/loss": made}}}
+    with monkeypatch.context() as patched:  # to save, not to load
+        for parent in ("mmengine", "mmengine.logging"):
+            patched.setitem(sys.modules, parent, types.ModuleType(parent))
+        patched.setitem(sys.modules, module.__name__, module)
+        path = save(content, tmp_path / "epoch_200.pth")
+    loaded = load(path)
+    check_head(loaded.head, published.head, int(published.body.num_features))
+    assert "message_hub" in read_weights(path).beside
 
 
 def test_every_common_resnet_is_told() -> None:

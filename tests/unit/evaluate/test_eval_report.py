@@ -53,7 +53,7 @@ def test_every_number_is_there(tmp_path: Path) -> None:
         intervals={"miou": (28.3, 33.3)},
         test_images={"miou": 1234},
         classes={"miou": {"road": 71.5, "sign": None, "car": None}},
-        pictures={"masks.png": PNG},
+        pictures={"segmentation.png": PNG},
         about={"seconds": 12.0, "base_lr": 0.3, "notes": ["the rate is at the edge"]},
     )
     page = page_of(tmp_path, {"PCD": [*trainings, []], "untrained": [[one]]}, {})
@@ -65,7 +65,7 @@ def test_every_number_is_there(tmp_path: Path) -> None:
     assert ">sign<" not in page, "no network has it"
     assert "somewhere &lt;b&gt;" in page
     assert ">CC-BY-NC-4.0<" in page
-    assert "untrained: masks" in page
+    assert "untrained. Validation images, their labels, and what is predicted." in page
     assert page.count("data:image/png") == 2
     assert "bootstrap" in page
     assert "http" not in page.replace("http-equiv", "")

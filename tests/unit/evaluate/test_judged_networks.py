@@ -71,7 +71,8 @@ def test_another_programs_file_needs_its_network_where_keys_do_not_tell(
     network = open_rows(["untrained"], config)[0].networks[0]
     file = str(tmp_path / "foreign.safetensors")
     safetensors.torch.save_file(network.weights, file)
-    with pytest.raises(PcdError, match=r"foreign.*does not say its network"):
+    words = r"foreign.*does not say its network: .*; write \S+foreign.safetensors@TIMM_NAME"
+    with pytest.raises(PcdError, match=words):
         open_rows([file], config)
     found = open_rows([f"{file}@{network.timm_name}"], config)[0].networks[0]
     assert found.sha256 == network.sha256

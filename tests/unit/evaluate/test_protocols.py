@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from detection_folder import record
 from detection_folder import write_set as write_detection
+from PIL import Image
 from segmentation_folder import painted, random_mask, write_set
 from stored_shards import write_images
 from tiny import tiny_config
 
 from pcd_ray.config import Config
-from pcd_ray.errors import ConfigError
+from pcd_ray.errors import ConfigError, ShardError
+from pcd_ray.evaluate.detect_settings import open_detection_set
 from pcd_ray.evaluate.judging import protocol_of
 from pcd_ray.evaluate.ray_kinds import KINDS
 
@@ -112,3 +115,17 @@ def test_a_batch_that_does_not_split_is_told_with_what_does(
     if kind == "segment":
         probe = config_with({"num_workers": 2}, segment={"global_batch_size": 7})
         KINDS[kind].open(probe)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_that_is_not_as_its_record_says_is_told_before_anything_is_trained(
+    split: str, tmp_path: Path
+) -> None:
+    given = record(4, start=0 if split == "train" else 4)
+    given["images"][3]["width"] -= 1  # no box reaches so far
+    uri = write_detection(tmp_path / "boxes", **{split: given})
+    image = tmp_path / "boxes" / "images" / given["images"][3]["file_name"]
+    Image.new("RGB", (96, 64)).save(image)
+    config = tiny_config(eval={"detect": {"data": uri}})
+    with pytest.raises(ShardError, match=r"^eval\.detect\.data: .*is 96 x 64 px .* says 95 x 64"):
+        open_detection_set(config)

@@ -34,6 +34,16 @@ def test_sizes_and_classes_without_a_pixel_are_known(folder: Path) -> None:
     assert note == "no pixel of val has class road, tree"
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_labels_is_refused_before_any_network_is_tried(
+    split: str, folder: Path
+) -> None:
+    for file in (folder / "masks").glob(f"{split}_*"):
+        Image.fromarray(np.full((32, 48), 255, np.uint8)).save(file)
+    with pytest.raises(ShardError, match=rf"{split} has 0 labelled pixels; label some"):
+        looked_through(open_segmentation(str(folder)))
+
+
 @pytest.mark.parametrize("change", ["mask", "image", "list", "classes"])
 def test_what_it_holds_is_known_by_content(change: str, folder: Path) -> None:
     """A mask or list of the same length and name is another set."""
