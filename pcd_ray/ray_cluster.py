@@ -186,6 +186,27 @@ def share_for_workers(have: Cluster, asked: Asked) -> WorkerShare:
     return share
 
 
+def cpus_beside_others(have: Cluster, asked: Asked, *, groups: int) -> float:
+    """Return what each worker may reserve where several groups of workers run at once.
+
+    Where data tasks share the workers' nodes, half of a group's part is left to them, as for one
+    group alone; 0: let `share_for_workers` decide, which reserves nothing on a small machine.
+
+    Args:
+        have: the cluster.
+        asked: what one group asks for, on its device (not ``auto``).
+        groups: how many there are.
+    """
+    there = nodes_with(have.most, asked.worker_labels)
+    cpus = sum(node.cpus * node.count for node in there) / groups
+    if asked.device == "cpu" and _is_small(have):
+        return 0.0
+    if nodes_with(there, asked.data_labels):
+        cpus = (cpus - asked.cpus_per_data_task) / 2
+    each = cpus / asked.most
+    return max(0.001, _rounded(min(each, 1.0) if asked.device == "cuda" else each))
+
+
 def needs_of(share: WorkerShare, asked: Asked, *, count: int) -> tuple[Need, Need]:
     """Return what so many workers and one task of Ray Data reserve."""
     return (
@@ -271,10 +292,22 @@ def call_in_tasks(
     )(work)
     begun = [task.remote(*each) for each in arguments]
     try:
-        return list(ray.get(begun))
-    except ray.exceptions.RayError as error:
+        return fetched(begun)
+    except Exception:
         for each in begun:
             ray.cancel(each)
+        raise
+
+
+def fetched(begun: Sequence[Any]) -> list[Any]:
+    """Return the results of calls that have begun, in order.
+
+    Raises:
+        PcdError: as `call_in_tasks`.
+    """
+    try:
+        return list(ray.get(list(begun)))
+    except ray.exceptions.RayError as error:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
         if isinstance(cause, PcdError):
             raise cause from None
@@ -370,10 +403,14 @@ def _cpus_per_worker(
     if device == "cuda":
         rest = cpus - asked.cpus_per_data_task if shared else cpus
         return max(0.0, min(1.0, _rounded(rest / per_node / (2 if shared else 1))))
-    alone = len(have.most) == 1 and have.most[0].count == 1
-    if shared and alone and cpus <= _SMALL_CPUS:
+    if shared and _is_small(have):
         return 0.0
     return _rounded(cpus / per_node / (2 if shared else 1))
+
+
+def _is_small(have: Cluster) -> bool:
+    """Say whether it is one small machine, on which workers reserve nothing."""
+    return len(have.most) == 1 == have.most[0].count and have.most[0].cpus <= _SMALL_CPUS
 
 
 def _rounded(cpus: float) -> float:

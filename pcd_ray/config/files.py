@@ -1,5 +1,6 @@
 """Plain data, YAML files and overrides to a checked Config, and back."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ def config_from_values(values: dict[str, Any]) -> Config:
     """
     _refuse_secrets(values)
     try:
-        return TypeAdapter(Config).validate_python(_with_source_mappings(values))
+        checked: Config = _adapter(Config).validate_python(_with_source_mappings(values))
+        return checked
     except ValidationError as error:
         problems = sorted({problem(dict(item)) for item in error.errors()})
         raise ConfigError("\n".join(problems)) from error
@@ -29,7 +31,9 @@ def config_from_values(values: dict[str, Any]) -> Config:
 
 def config_to_values(config: Any) -> dict[str, Any]:
     """Return a Config (or a section of it) as plain nested data, ready for YAML and JSON."""
-    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    plain: dict[str, Any] = _adapter(type(config)).dump_python(  # type: ignore[arg-type]
+        config, mode="json"
+    )
     return plain
 
 
@@ -91,6 +95,12 @@ def config_from_argv(argv: Sequence[str]) -> Config:
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML, defaults included."""
     return dump_yaml(config_to_values(config))
+
+
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Return what checks and dumps a section; it takes far longer to build than to use."""
+    return TypeAdapter(kind)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -57,12 +57,18 @@ class TrainResult:
         return {"path": self.path, "checkpoint": self.checkpoint, **self.metrics}
 
 
-def train(config: Config, *, listener: Callable[[Event], None] | None = None) -> TrainResult:
+def train(
+    config: Config,
+    *,
+    listener: Callable[[Event], None] | None = None,
+    build: Callable[..., int] = build_caches,
+) -> TrainResult:
     """Train a student, or go on with the run of this name where it stopped.
 
     Args:
         config: the run.
         listener: is told what the workers tell, on a thread of its own, e.g. by a sweep.
+        build: what computes teachers' maps that are not stored, as `build_caches` does.
 
     Returns:
         The finished run, judged, with its report written.
@@ -71,7 +77,7 @@ def train(config: Config, *, listener: Callable[[Event], None] | None = None) ->
         PcdError: what a user can mend; whatever was stored stays. A run that is finished but could
             not be judged in full has its summary and report all the same.
     """
-    config = _with_absolute_places(config)
+    config = with_absolute_places(config)
     folder = RunFolder.of(config)
     found = _checked(config, folder)
     _prepare_folder(config, folder)
@@ -82,7 +88,7 @@ def train(config: Config, *, listener: Callable[[Event], None] | None = None) ->
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
             wait_for_workers(config, found.share, say=log.say)
-            build_caches(config, found.shards, share=found.share, say=log.say)
+            build(config, found.shards, share=found.share, say=log.say)
             _fit(config, folder, found.share, log, listener)
     finally:
         log.close()
@@ -104,11 +110,11 @@ def dry_run(config: Config) -> RunPlan:
     Raises:
         PcdError: what would stop the run.
     """
-    config = _with_absolute_places(config)
+    config = with_absolute_places(config)
     return _checked(config, RunFolder.of(config)).plan
 
 
-def _with_absolute_places(config: Config) -> Config:
+def with_absolute_places(config: Config) -> Config:
     """Return the configuration with paths that mean the same in a worker's own folder."""
 
     def absolute(section: Any, *options: str) -> Any:
