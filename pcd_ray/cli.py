@@ -145,10 +145,10 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
 
 def _pack(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.data.ray_pack import pack
-    from pcd_ray.ray_cluster import connect
+    from pcd_ray.ray_placement import wait_for_data_nodes
 
     config = _config(options.words)
-    connect()
+    wait_for_data_nodes(config, say=lambda line: print(line, file=sys.stderr))
     return pack(config.data, seed=config.run.seed).summary()
 
 

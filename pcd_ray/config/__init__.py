@@ -26,7 +26,7 @@ from pcd_ray.config.files import (
 from pcd_ray.config.loss import LossConfig, PairingConfig
 from pcd_ray.config.problems import nearest_option
 from pcd_ray.config.resume import MAY_CHANGE_ON_RESUME, changed_options
-from pcd_ray.config.run import ExportConfig, RunConfig
+from pcd_ray.config.run import ExportConfig, NodesConfig, RunConfig
 from pcd_ray.config.scale import ScaleConfig
 from pcd_ray.config.schema import Config, option_names, option_value
 from pcd_ray.config.student import MhsaConfig, StudentConfig
@@ -52,6 +52,7 @@ __all__ = [
     "LinearConfig",
     "LossConfig",
     "MhsaConfig",
+    "NodesConfig",
     "OptimConfig",
     "PairingConfig",
     "RunConfig",

@@ -1,11 +1,11 @@
 """Sections ``data`` and ``augment``: images, and the views made of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from pcd_ray.config.checks import FORBID, require
+from pcd_ray.config.checks import FORBID, require, require_labels
 
 _PILLOWS_LIMIT_PX = 178_956_970  # it refuses larger images, twice its MAX_IMAGE_PIXELS
 
@@ -50,6 +50,8 @@ class DataConfig:
     cpus_per_task: float = 0.5
     """CPUs that one Ray Data task reserves. Ray Data hands out the next task up to 0.1 s after one
     ends: with half a CPU each, another one uses the core meanwhile."""
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that read, decode and augment, e.g. ``{pool: data}``; empty: all."""
 
     def __post_init__(self) -> None:
         require(
@@ -68,6 +70,7 @@ class DataConfig:
         require(self.images_per_task > 0, "data.images_per_task", self.images_per_task, "> 0")
         require(self.prefetch_batches >= 0, "data.prefetch_batches", self.prefetch_batches, ">= 0")
         require(self.cpus_per_task > 0, "data.cpus_per_task", self.cpus_per_task, "> 0")
+        require_labels(self.node_labels, "data.node_labels")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,8 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pcd_ray.config import DataConfig
 from pcd_ray.errors import ConfigError, PcdError, ShardError, TrainingError, WeightsError
-from pcd_ray.ray_cluster import PASSIVE_THREADS
+from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
+from pcd_ray.ray_nodes import object_store_bytes
 from pcd_ray.storage import StorageError
 
 Batch = dict[str, np.ndarray[Any, Any]]
@@ -33,7 +34,7 @@ _KINDS = {
     kind.__name__: kind
     for kind in (ConfigError, ShardError, StorageError, TrainingError, WeightsError)
 }
-_STORE_SHARE = 0.4  # of the object store: what all streams together may fill
+_STORE_SHARE = 0.4  # of the object stores of its nodes: what all streams together may fill
 _STEP_S = 0.02  # least time from one step of Ray Data's scheduling to the next
 
 
@@ -60,7 +61,10 @@ def stream_chunks(
     Raises:
         PcdError: ``make`` raised it.
     """
-    context = _quiet_context(num_streams)
+    context = _quiet_context(num_streams, data)
+    # what Ray Data asks of the autoscaler when its nodes are busy is then of these nodes, not one
+    # more of each kind that is there, GPU nodes among them
+    context.execution_options.label_selector = dict(data.node_labels) or None
 
     def segment(first: int) -> _Segment:
         stop = min(first + SEGMENT_CHUNKS, chunks)
@@ -94,10 +98,8 @@ class ActorPool:
     """Called once in each actor; what it returns is called on each block."""
     size: int
     """Actors."""
-    cpus: float
-    """CPUs that one reserves."""
-    gpus: float
-    """GPUs that one reserves."""
+    share: WorkerShare
+    """What one reserves, and where."""
 
 
 def stream_through_pool(
@@ -122,7 +124,7 @@ def stream_through_pool(
         range(chunks),
         data=data,
         chunks_ahead=chunks_ahead,
-        context=_quiet_context(1),
+        context=_quiet_context(1, data),
         pool=pool,
     )
     try:
@@ -251,11 +253,15 @@ def _execution(
     with ray.data.DataContext.current(context):
         count = len(numbers)
         dataset = ray.data.read_datasource(
-            _Numbers(count), override_num_blocks=count, num_cpus=data.cpus_per_task
+            _Numbers(count),
+            override_num_blocks=count,
+            num_cpus=data.cpus_per_task,
+            label_selector=dict(data.node_labels),
         ).map_batches(
             made,
             batch_size=None,  # a whole block of one number; any size given would forbid fusion
             num_cpus=data.cpus_per_task,
+            label_selector=dict(data.node_labels),
         )
         if pool is not None:
             dataset = dataset.map_batches(
@@ -263,14 +269,15 @@ def _execution(
                 fn_constructor_args=(pool.build,),
                 batch_size=None,
                 compute=ray.data.ActorPoolStrategy(size=pool.size),
-                num_cpus=pool.cpus,
-                num_gpus=pool.gpus,
+                num_cpus=pool.share.cpus,
+                num_gpus=pool.share.gpus,
+                label_selector=dict(pool.share.labels),
                 runtime_env={"env_vars": PASSIVE_THREADS},
             )
     yield from dataset.iter_batches(batch_size=None, prefetch_batches=chunks_ahead)
 
 
-def _quiet_context(num_streams: int) -> ray.data.DataContext:
+def _quiet_context(num_streams: int, data: DataConfig) -> ray.data.DataContext:
     """Return the settings of an execution: ordered, without console output, within limits."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # "execution finished in ..."
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
@@ -280,7 +287,6 @@ def _quiet_context(num_streams: int) -> ray.data.DataContext:
     context.custom_execution_callback_classes = [_Unhurried]  # type: ignore[list-item]
     options = context.execution_options
     options.preserve_order = True
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    store = resources.get("object_store_memory", 0.0) * _STORE_SHARE / num_streams
+    store = object_store_bytes(data.node_labels) * _STORE_SHARE / num_streams
     options.resource_limits = options.resource_limits.copy(object_store_memory=store or None)
     return context

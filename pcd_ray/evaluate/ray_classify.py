@@ -51,7 +51,8 @@ from pcd_ray.evaluate.linear_probe import (
 )
 from pcd_ray.evaluate.ray_features import StoredFeatures, store_features
 from pcd_ray.evaluate.scores import Scores, interval_of_mean
-from pcd_ray.ray_cluster import WorkerShare, call_in_task, resources, share_for_pool
+from pcd_ray.ray_cluster import WorkerShare, call_in_task
+from pcd_ray.ray_placement import share_of_pool
 
 
 def judge_knn(
@@ -162,9 +163,7 @@ def _store_sets(
 
 
 def _share(config: Config, device: str) -> WorkerShare:
-    return share_for_pool(
-        resources(), device=device, most=1, cpus_per_data_task=config.data.cpus_per_task
-    )[1]
+    return share_of_pool(config, device=device, most=1)[1]
 
 
 def _knn_hits(

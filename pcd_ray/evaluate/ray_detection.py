@@ -74,7 +74,11 @@ def judge_detection(
         weights, about["seconds_finetuning"] = _trained(task, config, place, seed, device)
         started = time.monotonic()
         results = found_results(
-            task, weights, place.part, category_ids=data.category_ids, device=device
+            task,
+            weights,
+            place.part,
+            category_ids=data.category_ids,
+            share=WorkerShare(device, cpus=1, threads=1, labels=config.train.node_labels),
         )
         about["seconds_looking"] = round(time.monotonic() - started, 1)
     scores = _scores(task, data, results, seed=seed)
@@ -95,7 +99,7 @@ def _trained(
         task,
         finetune_settings(config.eval.detect, device=device, seed=seed),
         place=place,
-        num_workers=config.train.num_workers,
+        num_workers=config.train.min_workers,
         device=device,
         config=config,
     )
@@ -108,7 +112,7 @@ def found_results(
     place: str,
     *,
     category_ids: Sequence[int],
-    device: str,
+    share: WorkerShare,
 ) -> list[Result]:
     """Return what a trained detector finds on the validation images, each part a Ray task.
 
@@ -129,11 +133,11 @@ def found_results(
     call_in_tasks(
         _look,
         [
-            (*shared, mine, tuple(category_ids), device, uri)
+            (*shared, mine, tuple(category_ids), share.device, uri)
             for uri, mine in parts.items()
             if stored_results(uri) is None
         ],
-        share=WorkerShare(device, cpus=1, threads=1),  # other tasks have the other cores
+        share=share,
     )
     results = [result for uri in parts for result in stored_results(uri) or []]
     storage.write_text(storage.join(place, DETECTIONS), json.dumps(results))

@@ -22,7 +22,8 @@ from pcd_ray.evaluate.necks import stored_student
 from pcd_ray.evaluate.ray_kinds import KINDS
 from pcd_ray.evaluate.side_by_side import look_pictures
 from pcd_ray.evaluate.students import Row, open_rows, stored_config
-from pcd_ray.ray_cluster import WorkerShare, call_in_task, connect, share_for_workers
+from pcd_ray.ray_cluster import WorkerShare, call_in_task
+from pcd_ray.ray_placement import share_of_workers, wait_for_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,11 @@ def evaluate(kind: str, specs: Sequence[str], config: Config) -> EvalResult:
     rows = open_rows(specs, config)
     data = chosen.open(config)
     for note in chosen.notes(data, config):
-        sys.stderr.write(f"note: {note}\n")
+        _say(f"note: {note}")
     out = out_folder(specs[0], config)
     storage.check_writable(out)
-    share = _share(config)
+    share = share_of_workers(config, num_workers=1)
+    wait_for_workers(config, share, say=_say, num_workers=1)
     page = _page(chosen, data, config, share.device)
     protocol = protocol_of(chosen, data, config, share.device)
     parts = parts_folder(specs[0], config)
@@ -147,15 +149,8 @@ def _check_given(kind: Kind, config: Config) -> None:
         )
 
 
-def _share(config: Config) -> WorkerShare:
-    return share_for_workers(
-        connect(),
-        num_workers=1,
-        device=config.train.device,
-        cpus_per_worker=config.train.cpus_per_worker,
-        threads_per_worker=config.train.threads_per_worker,
-        cpus_per_data_task=config.data.cpus_per_task,
-    )
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _looks(

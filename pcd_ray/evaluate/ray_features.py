@@ -31,7 +31,7 @@ from pcd_ray.evaluate.feature_store import (
 from pcd_ray.evaluate.features import pooled_features
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.progress import Progress
-from pcd_ray.ray_cluster import resources, share_for_pool
+from pcd_ray.ray_placement import share_of_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +129,7 @@ def _computed(
 
 def _pool(network: JudgedNetwork, config: Config, *, device: str, most: int) -> ActorPool:
     """Return the actors that hold the network, at most ``most``."""
-    size, share = share_for_pool(
-        resources(), device=device, most=most, cpus_per_data_task=config.data.cpus_per_task
-    )
+    size, share = share_of_pool(config, device=device, most=most)
     shared = ray.put(network)
     images_per_forward = config.eval.images_per_forward
 
@@ -146,5 +144,4 @@ def _pool(network: JudgedNetwork, config: Config, *, device: str, most: int) -> 
 
         return features
 
-    gpus = 1.0 if device == "cuda" else 0.0
-    return ActorPool(build=build, size=size, cpus=share.cpus, gpus=gpus)
+    return ActorPool(build=build, size=size, share=share)

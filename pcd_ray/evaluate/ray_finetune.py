@@ -39,9 +39,9 @@ from pcd_ray.evaluate.finetune import (
 from pcd_ray.evaluate.finetune_log import FinetuneLog
 from pcd_ray.evaluate.finetune_settings import FinetuneSettings
 from pcd_ray.evaluate.judging import Place
-from pcd_ray.ray_cluster import connect, share_for_workers
 from pcd_ray.ray_events import Event, EventSender
 from pcd_ray.ray_fit import fit, until_it_cannot
+from pcd_ray.ray_placement import share_of_workers, wait_for_workers
 
 _MOST_LOADERS = 16  # threads that decode images, for one worker
 
@@ -78,7 +78,7 @@ def finetune(
         num_workers: Ray Train workers, one GPU each on cuda.
         device: ``cpu`` or ``cuda``.
         config: of the evaluation; ``train.cpus_per_worker``, ``threads_per_worker`` and
-            ``max_failures`` are used, and it is stored with the checkpoints.
+            ``max_failures`` and the like are used, and it is stored with the checkpoints.
 
     Raises:
         PcdError: what a user can mend; checkpoints stay.
@@ -113,14 +113,8 @@ def _fit(  # noqa: PLR0913 - what, how and where
     device: str,
     config: Config,
 ) -> None:
-    share = share_for_workers(
-        connect(),
-        num_workers=num_workers,
-        device=device,
-        cpus_per_worker=config.train.cpus_per_worker,
-        threads_per_worker=config.train.threads_per_worker,
-        cpus_per_data_task=config.data.cpus_per_task,
-    )
+    share = share_of_workers(config, num_workers=num_workers, device=device)
+    wait_for_workers(config, share, say=log.say, num_workers=num_workers)
     fit(
         _worker,
         {
@@ -131,8 +125,8 @@ def _fit(  # noqa: PLR0913 - what, how and where
         },
         folder=folder,
         share=share,
+        settings=config.train,
         num_workers=num_workers,
-        max_failures=config.train.max_failures,
         on_event=functools.partial(_note, log),
     )
 

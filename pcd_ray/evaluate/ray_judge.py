@@ -36,7 +36,7 @@ from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.segmentation_data import SegmentationData
 from pcd_ray.evaluate.shared_scores import shared_knn, shared_probe
-from pcd_ray.ray_cluster import PASSIVE_THREADS
+from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
 
 _FIGURE_IMAGES = 6
 _FIGURE_SCENES = 4
@@ -57,27 +57,27 @@ class Judgement:
     """What could not be judged or drawn -> why."""
 
 
-def judge(config: Config, *, device: str, cpus: float) -> Judgement:
+def judge(config: Config, *, share: WorkerShare) -> Judgement:
     """Judge the newest checkpoint of a run in a Ray task; write its figures to the run's folder.
 
     A score that cannot be had costs itself alone.
 
     Args:
         config: the run.
-        device: ``cpu`` or ``cuda``.
-        cpus: CPUs that the task reserves, the rest is left to Ray Data.
+        share: what the task gets: a training worker's, the rest is left to Ray Data.
 
     Raises:
         CheckpointError: the run has no whole checkpoint.
     """
     step = int(find_checkpoint(RunFolder.of(config).uri).about["step"])
     task = ray.remote(
-        num_cpus=cpus,
-        num_gpus=1 if device == "cuda" else 0,
+        num_cpus=share.cpus,
+        num_gpus=share.gpus,
+        label_selector=dict(share.labels),
         runtime_env={"env_vars": PASSIVE_THREADS},
     )(_judge)
     try:
-        result: Judgement = ray.get(task.remote(config, device))
+        result: Judgement = ray.get(task.remote(config, share.device))
     except ray.exceptions.RayError as error:
         return Judgement(
             step, failures={"any score": _story(getattr(error, "cause", None) or error)}

@@ -31,13 +31,8 @@ from pcd_ray.evaluate.segmentation import linear_probe_miou
 from pcd_ray.evaluate.segmentation_data import VOID, SegmentationData
 from pcd_ray.evaluate.segmentation_scores import segmentation_scores
 from pcd_ray.evaluate.sliding_window import predicted_mask
-from pcd_ray.ray_cluster import (
-    WorkerShare,
-    call_in_task,
-    call_in_tasks,
-    connect,
-    share_for_workers,
-)
+from pcd_ray.ray_cluster import WorkerShare, call_in_task, call_in_tasks
+from pcd_ray.ray_placement import share_of_workers
 
 _PICTURES = 4  # predicted masks that are drawn
 _SIZES = 8  # of a set's images, that a network is tried with
@@ -109,7 +104,7 @@ class _Job:
     def finetuned(self) -> tuple[_Found, dict[str, Any]]:
         """Fine-tune an FCN on the workers and predict in as many tasks."""
         data, segment = self.opened.data, self.config.eval.segment
-        workers = self.config.train.num_workers
+        workers = self.config.train.min_workers
         share = self._share(workers)
         task = fcn_task(self.network, data, segment, seed=self.seed)
         settings = finetune_settings(segment, task.num_images, seed=self.seed)
@@ -135,14 +130,7 @@ class _Job:
         return whole, about
 
     def _share(self, num_workers: int) -> WorkerShare:
-        return share_for_workers(
-            connect(),
-            num_workers=num_workers,
-            device=self.device,
-            cpus_per_worker=self.config.train.cpus_per_worker,
-            threads_per_worker=self.config.train.threads_per_worker,
-            cpus_per_data_task=self.config.data.cpus_per_task,
-        )
+        return share_of_workers(self.config, num_workers=num_workers, device=self.device)
 
 
 def _drawn(data: SegmentationData) -> list[str]:

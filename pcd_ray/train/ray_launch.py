@@ -25,9 +25,10 @@ from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
-from pcd_ray.ray_cluster import WorkerShare, check_outlives_job, connect, share_for_workers
+from pcd_ray.ray_cluster import WorkerShare, check_outlives_job
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
+from pcd_ray.ray_placement import note_on_nodes, share_of_workers, wait_for_workers
 from pcd_ray.train.ray_teacher_cache import build_caches
 from pcd_ray.train.ray_worker import train_worker
 from pcd_ray.train.run_log import RunLog
@@ -80,12 +81,13 @@ def train(config: Config, *, listener: Callable[[Event], None] | None = None) ->
         if found.steps_done < found.plan.steps:
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
+            wait_for_workers(config, found.share, say=log.say)
             build_caches(config, found.shards, share=found.share, say=log.say)
             _fit(config, folder, found.share, log, listener)
     finally:
         log.close()
     log.say("judging the student")
-    judgement = judge(config, device=found.share.device, cpus=found.share.cpus)
+    judgement = judge(config, share=found.share)
     result = _finish(config, folder, found.plan, judgement, log.history)
     if judgement.failures:
         reasons = "; ".join(f"{part} ({why})" for part, why in judgement.failures.items())
@@ -151,14 +153,7 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     guarded = None if config.run.allow_changes else stored
     if guarded is not None:
         _refuse_changes(config, shards, guarded)
-    share = share_for_workers(
-        connect(),
-        num_workers=config.train.num_workers,
-        device=config.train.device,
-        cpus_per_worker=config.train.cpus_per_worker,
-        threads_per_worker=config.train.threads_per_worker,
-        cpus_per_data_task=config.data.cpus_per_task,
-    )
+    share = share_of_workers(config)
     if config.train.sync_batchnorm and share.device == "cpu":
         raise errors.ConfigError(
             "train.sync_batchnorm=true works on cuda alone; set it to false or train.device=cuda"
@@ -167,6 +162,8 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     if guarded is not None:
         _refuse_other_teachers(config, plan, guarded)
     _check_caches_can_be_written(plan)
+    if note := note_on_nodes(config, share):
+        plan.notes["run.wait_for_nodes_s"] = note
     return _Checked(shards, share, plan, 0 if stored is None else int(stored.about["step"]))
 
 
@@ -231,16 +228,17 @@ def _fit(
     listener: Callable[[Event], None] | None,
 ) -> None:
     """Train on the workers, passing on what they tell."""
+    said: dict[str, Callable[[Event], None]] = {
+        "metrics": lambda event: log.metrics(event.step, event.epoch, event.values),
+        "resumed": lambda event: log.resume_at(event.step),
+        "checkpoint": lambda _: log.save(),
+        "lost": lambda event: log.lost(event.text),
+        "say": lambda event: log.say(event.text),
+    }
 
     def on_event(event: Event) -> None:
-        if event.kind == "metrics":
-            log.metrics(event.step, event.epoch, event.values)
-        elif event.kind == "resumed":
-            log.resume_at(event.step)
-        elif event.kind == "checkpoint":
-            log.save()
-        elif event.kind == "say":
-            log.say(event.text)
+        if event.kind in said:
+            said[event.kind](event)
         if listener is not None:
             listener(event)
 
@@ -249,8 +247,8 @@ def _fit(
         {"config": config_to_values(config)},
         folder=folder,
         share=share,
+        settings=config.train,
         num_workers=config.train.num_workers,
-        max_failures=config.train.max_failures,
         on_event=on_event,
     )
 

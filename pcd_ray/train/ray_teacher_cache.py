@@ -37,7 +37,8 @@ from pcd_ray.distill.build import (
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, WeightsError
-from pcd_ray.ray_cluster import WorkerShare, call_in_task, resources, share_for_pool
+from pcd_ray.ray_cluster import WorkerShare, call_in_task
+from pcd_ray.ray_placement import share_of_pool
 from pcd_ray.train.ray_heads import fit_head, fitting_line
 from pcd_ray.train.teacher_cache import TeacherCache, cache_of, in_float16
 
@@ -191,20 +192,14 @@ class _Build:
     def _pool(self, sha256: str, *, most: int) -> ActorPool:
         """Return the actors that hold the teacher of this hash, at most ``most``."""
         device = self.share.device
-        size, share = share_for_pool(
-            resources(),
-            device=device,
-            most=most,
-            cpus_per_data_task=self.config.data.cpus_per_task,
-        )
+        size, share = share_of_pool(self.config, device=device, most=most)
         config, cache = self.config, self.cache
 
         def build() -> Stage:
             torch.set_num_threads(share.threads)
             return _stored_by(_teacher_of(config, cache, sha256), config, cache, device=device)
 
-        gpus = 1.0 if device == "cuda" else 0.0
-        return ActorPool(build=build, size=size, cpus=share.cpus, gpus=gpus)
+        return ActorPool(build=build, size=size, share=share)
 
 
 def _teacher_of(config: Config, cache: TeacherCache, sha256: str) -> FrozenTeacher:

@@ -65,6 +65,8 @@ from pcd_ray.train.loop import (
 )
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
 from pcd_ray.train.ray_heads import fit_head, fitting_line
+from pcd_ray.train.ray_preemption import PreemptionNotices
+from pcd_ray.train.run_plan import elastic_line, passes_of
 from pcd_ray.train.teacher_cache import cache_of
 
 
@@ -114,6 +116,7 @@ class _Run:
         self._reported_step = -1
         self._timed_step = 0  # up to here, this time went by since the last checkpoint
         self._unsaved_s = 0.0
+        self._notices = PreemptionNotices()
         self._last_scores: dict[str, float] = {}
         self._passed_over: tuple[str, ...] = ()
 
@@ -121,6 +124,8 @@ class _Run:
         """Restore, train, evaluate and checkpoint until the last step."""
         self.events.reserved(current_reservation(self._mailbox))
         self._restore()
+        if self.config.train.min_workers < self.config.train.max_workers:
+            self.events.say(elastic_line(self.config.train, self.place.num_ranks))
         self._measure_references()
         self.events.resumed(self.state.step)
         batches = self._batches()
@@ -136,11 +141,16 @@ class _Run:
         epoch = done.step * self.config.train.global_batch_size / self.plan.images_per_epoch
         if done.metrics is not None:
             self.events.metrics(done.step, epoch, done.metrics)
+            self._notices.pace(done.metrics[names.STEP_S])
         due = self._checkpoint_is_due(done)
         if done.epoch_ended is not None:
             self._after_epoch(done, epoch)
         elif due:
             self._checkpoint(done.metrics)
+        if notice := self._notices.new(done.step):
+            self.events.say(f"warning: {notice}; step {done.step} is stored before that")
+            if self._reported_step != done.step:
+                self._checkpoint(done.metrics)
 
     def _checkpoint_is_due(self, done: StepDone) -> bool:
         """Say whether one is due between epochs; times are means over ranks, so that all agree."""
@@ -212,7 +222,7 @@ class _Run:
             ),
             images_per_epoch=self.plan.images_per_epoch,
             global_batch_size=batch,
-            accumulation_steps=config.train.accumulation_steps,
+            accumulation_steps=passes_of(config.train, self.place.num_ranks),
             clip_grad_norm=config.optim.clip_grad_norm,
             log_every_steps=config.train.log_every_steps,
             seed=config.run.seed,

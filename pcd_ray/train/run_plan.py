@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
-from pcd_ray.config import Config
+from pcd_ray.config import Config, TrainConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
-from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.plan import EpochPlan, rank_sizes
 from pcd_ray.data.shards import Shards, read_image_bytes
 from pcd_ray.distill.backbones import map_shape
 from pcd_ray.distill.build import (
@@ -56,7 +56,11 @@ class RunPlan:
     steps_per_epoch: float
     global_batch_size: int
     batch_size_per_worker: int
-    num_workers: int
+    """Images of a worker per optimiser step; the most, with the fewest workers."""
+    images_per_pass: int
+    """Most images that a worker takes forward and backward at once."""
+    num_workers: int | tuple[int, int]
+    """Of an elastic run the fewest and the most."""
     device: str
     peak_learning_rate: float
     final_learning_rate: float
@@ -100,9 +104,11 @@ class RunPlan:
     @property
     def headline(self) -> str:
         """The plan in a line."""
+        asked = self.num_workers
+        workers = f"{asked[0]} to {asked[1]}" if isinstance(asked, tuple) else asked
         return (
             f"{self.steps:,} steps of {self.global_batch_size:,} images, {self.epochs} epochs of "
-            f"{self.images_per_epoch:,}, on {self.num_workers} {self.device} workers"
+            f"{self.images_per_epoch:,}, on {workers} {self.device} workers"
         )
 
     @property
@@ -207,6 +213,7 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
         steps_per_epoch=round(per_epoch, 2),
         global_batch_size=batch,
         batch_size_per_worker=config.train.batch_size_per_worker,
+        images_per_pass=images_per_pass(config.train),
         num_workers=config.train.num_workers,
         device=device,
         peak_learning_rate=peak,
@@ -269,6 +276,32 @@ def _notes(config: Config, *, steps: int) -> dict[str, str]:
         "loss.queue_size": f"the queue of {config.loss.queue_size:,} needs {needed:,} steps to "
         f"fill, the run has {steps:,}; what is not filled stays random: use at most {most}"
     }
+
+
+def images_per_pass(train: TrainConfig) -> int:
+    """Return the most images that a worker takes at once, however many workers there are."""
+    return train.global_batch_size // (train.max_workers * train.accumulation_steps)
+
+
+def passes_of(train: TrainConfig, num_workers: int) -> int:
+    """Return how many parts so many workers cut their images of an optimiser step into.
+
+    As many on every worker, so that what they do together meets. Where a pass holds one image and
+    the batch does not split, the workers with one more take two in a pass.
+    """
+    sizes = rank_sizes(num_workers, train.global_batch_size)
+    return min(-(-max(sizes) // images_per_pass(train)), min(sizes))
+
+
+def elastic_line(train: TrainConfig, num_workers: int) -> str:
+    """Say how an elastic run keeps its global batch with so many workers."""
+    sizes = sorted(set(rank_sizes(num_workers, train.global_batch_size)))
+    passes = passes_of(train, num_workers)
+    return (
+        f"{num_workers} of {train.min_workers} to {train.max_workers} workers: the global batch of "
+        f"{train.global_batch_size} is kept as {' or '.join(map(str, sizes))} images each in "
+        f"{passes} pass{'es' if passes > 1 else ''}; the learning rate stays"
+    )
 
 
 def activation_bytes(network: nn.Module, image_size_px: int) -> int:
@@ -343,7 +376,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _memory_gib(config: Config, method: Method) -> float:
-    images = config.train.batch_size_per_worker // config.train.accumulation_steps
+    images = images_per_pass(config.train)
     size = config.augment.image_size_px
     copies = 2 + OPTIMIZER_COPIES[config.optim.name]  # weights and gradients
     copies += bool(config.student.ema)

@@ -40,7 +40,7 @@ def workload_of(config: Config, shards: Shards, method: Method) -> Workload:
             -data.prefetch_batches * train.batch_size_per_worker // data.images_per_task
         ),
         global_batch_size=train.global_batch_size,
-        num_workers=train.num_workers,
+        num_workers=train.max_workers,
         trained_weights=trained_weights(method.student),
         student_bytes=sum(tensor.nbytes for tensor in method.student.state_dict().values()),
         optimizer_copies=OPTIMIZER_COPIES[config.optim.name],

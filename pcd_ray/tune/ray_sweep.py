@@ -7,7 +7,7 @@ runs what is left: trials that are over stay, interrupted ones go on from their 
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import optuna
@@ -18,7 +18,9 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.errors import ClusterError, ConfigError
-from pcd_ray.ray_cluster import ClusterResources, check_outlives_job, connect
+from pcd_ray.ray_cluster import check_outlives_job
+from pcd_ray.ray_nodes import HEAD, Cluster, nodes_with
+from pcd_ray.ray_placement import cluster_of
 from pcd_ray.train.ray_launch import dry_run
 from pcd_ray.tune.ray_progress import Progress
 from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule, trial_name
@@ -37,7 +39,7 @@ from pcd_ray.tune.study import OVER, OpenStudy, open_study
 from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
 _OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
-_DRIVER_CPUS = 0.01  # a trial's own process waits for its workers
+_DRIVER_SHARE = {"CPU": 0, HEAD: 0.001}  # a trial's own process waits for workers, on the head
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +113,23 @@ def write_records(config: Config, folder: RunFolder, opened: OpenStudy) -> Sweep
     )
 
 
-def trials_at_a_time(config: Config, have: ClusterResources, *, device: str) -> int:
-    """Return how many trials run at once.
+def trials_at_a_time(config: Config, have: Cluster, *, device: str) -> int:
+    """Return how many trials run at once; of an elastic trial's workers there may be the most.
 
     Raises:
-        ClusterError: ``tune.max_concurrent`` trials need more than the cluster has.
+        ClusterError: ``tune.max_concurrent`` trials need more than the cluster can have.
     """
-    workers, asked = config.train.num_workers, config.tune.max_concurrent
+    nodes = nodes_with(have.most, config.train.node_labels)
+    workers, asked = config.train.max_workers, config.tune.max_concurrent
     if device == "cuda":
-        fitting = int(have.gpus // workers)
-        needs = f"{workers} GPUs each (train.num_workers), the cluster has {have.gpus:g}"
+        gpus = sum(int(node.gpus) * node.count for node in nodes)
+        fitting = gpus // workers or int(gpus >= config.train.min_workers)
+        needs = f"{workers} GPUs each (train.num_workers), the cluster has {gpus}"
     else:
         per_trial = workers * max(config.train.cpus_per_worker, 1) + config.data.cpus_per_task
-        fitting = max(1, int(have.cpus // per_trial))
-        needs = f"{per_trial:g} CPUs each, the cluster has {have.cpus:g}"
+        cpus = sum(node.cpus * node.count for node in nodes)
+        fitting = max(1, int(cpus // per_trial))
+        needs = f"{per_trial:g} CPUs each, the cluster has {cpus:g}"
     if asked > fitting:
         raise ClusterError(
             f"tune.max_concurrent={asked} trials need {needs}; use at most {fitting}, or 0"
@@ -132,9 +137,7 @@ def trials_at_a_time(config: Config, have: ClusterResources, *, device: str) -> 
     return asked or (fitting if device == "cuda" else 1)
 
 
-def places_of(
-    config: Config, folder: RunFolder, have: ClusterResources, many: int
-) -> dict[str, Any]:
+def places_of(config: Config, folder: RunFolder, have: Cluster, many: int) -> dict[str, Any]:
     """Return the options that a sweep sets for all of its trials: what they share and may use."""
     places: dict[str, Any] = {"eval.pictures": False}
     if not config.eval.references:
@@ -142,9 +145,13 @@ def places_of(
     for name, teacher in config.teachers.items():
         if teacher.cache.views and not teacher.cache.path:
             places[f"{name}.cache.path"] = folder.file("teacher_cache")
+    if brought := [asdict(node) for node in have.most if node not in have.now]:
+        places["run.autoscaled_nodes"] = brought  # trials cannot see the launcher's file
     if many > 1 and not config.train.threads_per_worker:
-        cores = have.cpus / max(1, have.nodes)
-        share = cores / -(-many * config.train.num_workers // max(1, have.nodes))
+        nodes = [node for node in nodes_with(have.most, config.train.node_labels) if node.cpus]
+        cores = min((node.cpus for node in nodes), default=1.0)
+        count = max(1, sum(node.count for node in nodes))
+        share = cores / -(-many * config.train.max_workers // count)
         places["train.threads_per_worker"] = max(1, int(share))
     return places
 
@@ -155,7 +162,7 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
     Raises:
         KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
     """
-    have = connect()
+    have = cluster_of(config)
     device = dry_run(config).device  # refuses what no trial could run with
     many = trials_at_a_time(config, have, device=device)
     trials_uri = folder.file("trials")
@@ -171,7 +178,7 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         places=places_of(config, folder, have, many),
     )
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": _DRIVER_CPUS}),
+        tune.with_resources(trial, _DRIVER_SHARE),
         tune_config=tune.TuneConfig(
             search_alg=StudySearch(opened, space, config, trials_uri),
             scheduler=stopping_rule(config, opened),

@@ -1,5 +1,8 @@
 """Processes of this machine, by what /proc says; for tests that end some of them."""
 
+import contextlib
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +18,34 @@ def train_workers(ancestor: int) -> list[int]:
             if ancestor in _ancestors(pid):
                 found.append(pid)
     return sorted(found)
+
+
+def of_session(session: int) -> dict[int, list[str]]:
+    """Return the command lines of the processes of a session, by process id."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found[int(folder.name)] = _title(folder).rstrip("\0").split("\0")
+    return found
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process; 0: it has ended."""
+    return next(iter(_ancestors(pid)), 0)
+
+
+def end_session(session: int) -> None:
+    """End all processes of a session, and those that they start meanwhile."""
+    while alive := of_session(session):
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        threading.Event().wait(0.05)
 
 
 def wait_for(happened: Callable[[], bool], *, timeout_s: float) -> None:

@@ -20,6 +20,7 @@ from pcd_ray.evaluate.detection_masks import run_lengths_of
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.ray_detection import found_results, judge_detection
 from pcd_ray.evaluate.scores import Scores
+from pcd_ray.ray_cluster import WorkerShare
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -119,5 +120,9 @@ def test_an_image_that_breaks_while_looking_is_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "images" / "104.png").write_bytes(b"no image")  # of the second split
     with pytest.raises(ShardError, match=r"104\.png: not an image; mend or remove the file"):
         found_results(
-            task, task.build().state_dict(), str(tmp_path), category_ids=(3, 7), device="cpu"
+            task,
+            task.build().state_dict(),
+            str(tmp_path),
+            category_ids=(3, 7),
+            share=WorkerShare("cpu", cpus=1, threads=1),
         )

@@ -44,6 +44,13 @@ def write_teacher(path: Path, *, seed: int = 0) -> str:
 
 def prepare(root: Path) -> Config:
     """Write images, shards and a teacher under ``root``; return the run on them."""
+    config = prepare_unpacked(root)
+    pack(config.data, seed=config.run.seed)
+    return config
+
+
+def prepare_unpacked(root: Path) -> Config:
+    """Write images and a teacher under ``root``; return the run on shards to be packed."""
     train = write_images(root / "train", NUM_IMAGES, seed=0)
     test = write_images(root / "test", 12, seed=1)
     config = config_from_values(
@@ -77,7 +84,6 @@ def prepare(root: Path) -> Config:
         }
     )
     assert isinstance(config.data.sources[0], SourceConfig)
-    pack(config.data, seed=config.run.seed)
     return config
 
 

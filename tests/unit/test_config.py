@@ -67,8 +67,10 @@ def test_everything_is_frozen() -> None:
         ("zzz", 1, "zzz: unknown option; see the options in pcd_ray/config/"),
         ("optim.name", "lar", "optim.name='lar' is not one of 'lars' or 'adamw'; did you mean"),
         ("pairing.kind", "same_viw", "did you mean 'same_view'?"),
-        ("train.num_workers", "two", "train.num_workers='two': input should be a valid integer"),
-        ("train.num_workers", 1.5, "train.num_workers=1.5: input should be a valid integer"),
+        ("train.num_workers", "two", "train.num_workers='two': give a whole number, or [least, mo"),
+        ("train.num_workers", 1.5, "train.num_workers=1.5: give a whole number, or [least, most]"),
+        ("train.num_workers", [1, 2, 3], "train.num_workers=[1, 2, 3]: give a whole number, or"),
+        ("train.num_workers", [4, 2], "must be [least, most] with 1 <= least <= most, got (4, 2)"),
         ("run.name", 2024, "run.name=2024: is no text; quote it: run.name=\"'2024'\""),
         ("run.name", "a/b", "run.name must be a plain name, got 'a/b'"),
         ("loss", 3, "loss=3: is a section; write its options as loss.option=value"),
@@ -136,6 +138,10 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
         ("optim.clip_grad_norm", -1),
         ("train.epochs", 0),
         ("train.num_workers", 0),
+        ("train.num_workers", [0, 2]),
+        ("train.max_preemptions", -2),
+        ("train.start_timeout_s", 0),
+        ("train.resize_check_s", 0),
         ("train.accumulation_steps", 0),
         ("train.log_every_steps", 0),
         ("train.keep_checkpoints", 0),
@@ -179,6 +185,16 @@ def test_a_batch_that_does_not_split_names_those_that_do(
     message = problem({"train": values})
     assert message.startswith(f"train.global_batch_size={batch} does not split over")
     assert message.endswith(fix)
+
+
+def test_elastic_workers_are_a_pair_in_files_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {global_batch_size: 64, num_workers: [2, 4]}\n")
+    train = config_from_file(str(file)).train
+    assert (train.num_workers, train.min_workers, train.max_workers) == ((2, 4), 2, 4)
+    file.write_text(to_yaml(config_from_file(str(file), ["train.num_workers=[1,8]"])))
+    assert config_from_file(str(file)).train.num_workers == (1, 8)
+    assert config_from_file("", ["train.num_workers=8"]).train.min_workers == 8
 
 
 def test_what_is_judged_needs_both_collections() -> None:

@@ -1,0 +1,246 @@
+"""The nodes of the cluster: those that are there, those that the autoscaler may bring.
+
+Ray does not tell what its autoscaler may bring. It is read from where the cluster launcher leaves
+its configuration on the head, or stated in ``run.autoscaled_nodes``.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.util
+import yaml
+
+from pcd_ray.errors import ClusterError
+
+HEAD = "node:__internal_head__"
+"""Resource that the head alone has."""
+_LAUNCHERS_FILE = "~/ray_bootstrap_config.yaml"  # where ``ray up`` puts it on the head
+_LOOK_EVERY_S = 1.0
+_SAY_AFTER_S = (0.0, 15.0, 30.0, 60.0, 120.0)  # then as often as from the last but one to the last
+_SLACK = 1e-6  # Ray counts in parts of 1e-4
+
+Labels = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node, or several that are alike."""
+
+    cpus: float
+    gpus: float = 0.0
+    labels: Labels = field(default_factory=dict)
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The nodes that there are, and all that there may be."""
+
+    now: Sequence[Node]
+    most: Sequence[Node]
+    """With all that the autoscaler may bring."""
+    ours: bool = False
+    """It was started here and ends with this process."""
+
+    @classmethod
+    def fixed(cls, *nodes: Node) -> "Cluster":
+        """Return a cluster without an autoscaler."""
+        return cls(nodes, nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Processes that are alike: how many, and what each reserves on which nodes."""
+
+    what: str
+    count: int
+    cpus: float
+    gpus: float = 0.0
+    labels: Labels = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        gpus = f"{self.gpus:g} GPU and " if self.gpus else ""
+        return f"{self.count} {self.what} of {gpus}{self.cpus:g} CPUs{on_nodes(self.labels)}"
+
+
+def on_nodes(labels: Labels) -> str:
+    """Return `` on nodes with pool=data``; empty: anywhere."""
+    listed = ", ".join(f"{name}={value}" for name, value in labels.items())
+    return f" on nodes with {listed}" if listed else ""
+
+
+def nodes_with(nodes: Sequence[Node], labels: Labels) -> list[Node]:
+    """Return the nodes that have all of these labels."""
+    return [node for node in nodes if labels.items() <= node.labels.items()]
+
+
+def room_for(nodes: Sequence[Node], need: Need) -> int:
+    """Return how many of these processes the nodes hold when they hold nothing else."""
+    return sum(_held(node, need) * node.count for node in nodes_with(nodes, need.labels))
+
+
+def fits(nodes: Sequence[Node], workers: Need, task: Need) -> bool:
+    """Say whether nodes hold all workers and, beside them, one task of Ray Data."""
+    for place, node in enumerate(nodes):
+        if room_for([node], task):
+            rest = replace(node, cpus=node.cpus - task.cpus, count=1)
+            others = [*nodes[:place], replace(node, count=node.count - 1), *nodes[place + 1 :]]
+            if room_for([rest, *others], workers) >= workers.count:
+                return True
+    return False
+
+
+def with_autoscaled(now: Sequence[Node], kinds: Sequence[Node]) -> list[Node]:
+    """Return all nodes that there may be: those that the autoscaler has brought count once."""
+    kinds = [kind for kind in kinds if kind.count > 0]
+    return [node for node in now if not any(_is_of(node, kind) for kind in kinds)] + kinds
+
+
+def launchers_nodes(text: str) -> list[Node]:
+    """Return the kinds of nodes that a configuration of the cluster launcher may bring, and how
+    many of each; kinds whose resources it does not say are left out.
+    """  # noqa: D205 - one sentence
+    config: dict[str, Any] = yaml.safe_load(text) or {}
+    limit = config.get("max_workers", 2)  # the launcher's own default
+    found = []
+    for name, kind in config.get("available_node_types", {}).items():
+        resources = kind.get("resources") or {}
+        count = 0 if name == config.get("head_node_type") else limit
+        count = min(limit, kind.get("max_workers", count))
+        if count > 0 and (resources.get("CPU") or resources.get("GPU")):
+            cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+            found.append(Node(cpus, gpus, kind.get("labels") or {}, count))
+    return found
+
+
+def cluster_nodes(stated: Sequence[Node], *, ours: bool) -> Cluster:
+    """Look at the cluster that this process has joined.
+
+    Args:
+        stated: what the autoscaler may bring; empty: what the cluster launcher says.
+        ours: the cluster was started here, so that nothing brings nodes.
+    """
+    now = nodes_now()
+    kinds = list(stated) or ([] if ours else _of_launcher())
+    return Cluster(now, with_autoscaled(now, kinds) if kinds else now, ours)
+
+
+def nodes_now() -> list[Node]:
+    """Return the nodes that are alive."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [
+        Node(
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            node.get("Labels") or {},
+        )
+        for node in nodes
+        if node["Alive"]
+    ]
+
+
+def object_store_bytes(labels: Labels) -> float:
+    """Return the size of the object stores of the nodes that are alive and have these labels."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    stores = [
+        node["Resources"].get("object_store_memory", 0.0)
+        for node in nodes
+        if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()
+    ]
+    return float(sum(stores))
+
+
+def wait_for_nodes(
+    workers: Need, task: Need, *, limit_s: float, say: Callable[[str], None]
+) -> None:
+    """Ask the autoscaler for nodes that hold workers and a task, and wait until they are there.
+
+    What is asked is gone when this returns, or when the process that called it ends.
+
+    Args:
+        workers: processes that are reserved together.
+        task: one task of Ray Data.
+        limit_s: longest wait.
+        say: is given a line at once and then now and then.
+
+    Raises:
+        ClusterError: they have not come in time.
+    """
+    if fits(nodes_now(), workers, task):
+        return
+    needs = [need for need in (workers, task) if need.count]
+    group = ray.util.placement_group(
+        [_bundle(need) for need in needs for _ in range(need.count)],
+        bundle_label_selector=[dict(need.labels) for need in needs for _ in range(need.count)],
+    )
+    try:
+        _wait(needs, lambda: fits(nodes_now(), workers, task), limit_s=limit_s, say=say)
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _wait(
+    needs: Sequence[Need],
+    there: Callable[[], bool],
+    *,
+    limit_s: float,
+    say: Callable[[str], None],
+) -> None:
+    begun, said = time.monotonic(), 0
+    while not there():
+        waited = time.monotonic() - begun
+        story = "; ".join(f"room for {room_for(nodes_now(), each)} of {each}" for each in needs)
+        if waited >= limit_s:
+            raise ClusterError(
+                f"the autoscaler has not brought the nodes within run.wait_for_nodes_s={limit_s:g}:"
+                f" {story}; look at `ray status` for its reason (quota, spot), or wait longer"
+            )
+        if waited >= _said_at(said):
+            say(f"waiting for nodes that the autoscaler will bring: {story}; {waited:.0f} s")
+            said += 1
+        time.sleep(min(_LOOK_EVERY_S, limit_s - waited))
+
+
+def _said_at(number: int) -> float:
+    """Return after how many seconds a line of this number is due."""
+    over = number - len(_SAY_AFTER_S) + 1
+    if over <= 0:
+        return _SAY_AFTER_S[number]
+    return _SAY_AFTER_S[-1] + over * (_SAY_AFTER_S[-1] - _SAY_AFTER_S[-2])
+
+
+def _bundle(need: Need) -> dict[str, float]:
+    wanted = {"CPU": need.cpus, "GPU": need.gpus}
+    return {name: amount for name, amount in wanted.items() if amount} or {"memory": 1}
+
+
+def _held(node: Node, need: Need) -> int:
+    """Return how many of these processes one node holds."""
+    pairs = ((node.cpus, need.cpus), (node.gpus, need.gpus))
+    return min((int(has / each + _SLACK) for has, each in pairs if each), default=need.count)
+
+
+def _is_of(node: Node, kind: Node) -> bool:
+    same = (node.cpus, node.gpus) == (kind.cpus, kind.gpus)
+    return same and kind.labels.items() <= node.labels.items()
+
+
+def _of_launcher() -> list[Node]:
+    """Return what the cluster launcher says, if this process is on the head that it started."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    here = ray.get_runtime_context().get_node_id()
+    on_head = any(node["NodeID"] == here and HEAD in node["Resources"] for node in nodes)
+    place = Path(_LAUNCHERS_FILE).expanduser()
+    if not on_head or not place.is_file():
+        return []
+    try:
+        return launchers_nodes(place.read_text())
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise ClusterError(
+            f"{place} is no configuration of the cluster launcher ({error}); mend it, or state "
+            "what the autoscaler may bring in run.autoscaled_nodes"
+        ) from error

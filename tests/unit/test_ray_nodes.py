@@ -1,0 +1,65 @@
+import pytest
+
+from pcd_ray.config import config_from_values
+from pcd_ray.errors import ConfigError
+from pcd_ray.ray_nodes import Need, Node, fits, launchers_nodes, room_for, with_autoscaled
+
+DATA, TRAIN = {"pool": "data"}, {"pool": "train"}
+LAUNCHERS = """
+max_workers: 5
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 0, GPU: 0}, node_config: {}}
+  data: {resources: {CPU: 32}, labels: {pool: data}, max_workers: 9}
+  train: {resources: {CPU: 48, GPU: 4}, labels: {pool: train}, max_workers: 2}
+  on_demand: {resources: {CPU: 48, GPU: 4}, labels: {pool: train}, max_workers: 0}
+  unknown: {node_config: {InstanceType: m5.large}}
+  free: {resources: {CPU: 1}}
+"""
+
+
+def test_the_launchers_file_says_what_may_come() -> None:
+    assert launchers_nodes(LAUNCHERS) == [
+        Node(32, 0, DATA, 5),  # no more than max_workers of all
+        Node(48, 4, TRAIN, 2),
+        Node(1, 0, {}, 5),
+    ]
+    assert launchers_nodes("") == []
+
+
+def test_nodes_that_the_autoscaler_has_brought_count_once() -> None:
+    kinds = [Node(32, 0, DATA, 4), Node(48, 4, TRAIN, 2)]
+    head, brought = Node(0), Node(32, 0, {**DATA, "ray.io/node-id": "a"})
+    assert with_autoscaled([head], kinds) == [head, *kinds]
+    assert with_autoscaled([head, brought, brought], kinds) == [head, *kinds]
+    own = Node(16, 0, DATA)  # of another kind
+    assert with_autoscaled([own, brought], kinds) == [own, *kinds]
+
+
+def test_room_is_counted_node_by_node() -> None:
+    need = Need("workers", 3, cpus=3, gpus=1, labels=TRAIN)
+    assert room_for([Node(4, 4, TRAIN, 2), Node(2, 1, TRAIN), Node(64, 8, DATA)], need) == 2
+    assert room_for([Node(0.3, labels=TRAIN)], Need("workers", 3, cpus=0.1)) == 3  # in floats too
+
+
+def test_a_task_may_need_the_node_that_workers_would_fill() -> None:
+    workers, task = Need("workers", 2, cpus=3), Need("data task", 1, cpus=2)
+    assert fits([Node(3), Node(5)], workers, task)
+    assert not fits([Node(3), Node(4)], workers, task)
+    assert fits([Node(3, count=3)], workers, task)
+    assert not fits([], Need("workers", 0, cpus=0), task)
+
+
+def test_labels_are_plain_names_and_values() -> None:
+    given = config_from_values(
+        {
+            "data": {"node_labels": {"ray.io/node-group": "cpu-nodes"}},
+            "run": {"autoscaled_nodes": [{"count": 2, "cpus": 4, "labels": {"pool": "data"}}]},
+        }
+    )
+    assert given.data.node_labels == {"ray.io/node-group": "cpu-nodes"}
+    assert given.run.autoscaled_nodes[0].labels == {"pool": "data"}
+    with pytest.raises(ConfigError, match=r"train\.node_labels must be plain names and values"):
+        config_from_values({"train": {"node_labels": {"pool": "!in(a, b)"}}})
+    with pytest.raises(ConfigError, match=r"run\.autoscaled_nodes\.count must be > 0, got 0"):
+        config_from_values({"run": {"autoscaled_nodes": [{"count": 0, "cpus": 4}]}})
