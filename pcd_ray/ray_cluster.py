@@ -33,8 +33,8 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of every process that computes on CPUs. Torch's threads otherwise spin while they
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
-_JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # where Ray unpacks ``--working-dir``
 _SMALL_CPUS = 4  # up to this many on a single machine, workers reserve none of them
+_JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # where Ray unpacks ``--working-dir``
 _CPUS_PER_ACTOR = 4  # of a pool that computes on CPUs; more threads scale badly
 
 

@@ -24,6 +24,7 @@ from pcd_ray import errors, storage
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
 from pcd_ray.config import TrainConfig
 from pcd_ray.errors import PcdError, TrainingError
+from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
 from pcd_ray.ray_events import Event, EventReceiver, EventSender
 
@@ -65,6 +66,7 @@ def fit(  # noqa: PLR0913 - what to run, and where
     storage.delete_file(storage.join(folder.checkpoints, _RAY_LIST))
     storage.delete_file(folder.file(FAILURE_FILE))
     mailbox = f"pcd_ray_{uuid.uuid4().hex}"
+    filesystem, path = patient_filesystem(folder.uri)
     trainer = TorchTrainer(
         worker,
         train_loop_config={**values, "mailbox": mailbox, "threads": share.threads},
@@ -77,7 +79,8 @@ def fit(  # noqa: PLR0913 - what to run, and where
         ),
         run_config=ray.train.RunConfig(
             name="checkpoints",
-            storage_path=folder.uri,
+            storage_path=path,
+            storage_filesystem=filesystem,
             worker_runtime_env={"env_vars": PASSIVE_THREADS},  # type: ignore[call-arg]
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
                 max_failures=settings.max_failures,
@@ -101,7 +104,8 @@ def until_it_cannot(folder: RunFolder, body: Callable[[], None]) -> None:
     """Run a worker's part, unless an error has been written down that trying again cannot mend.
 
     A user's error ends the run instead of being tried again: it is written down, and workers that
-    Ray starts after it return at once.
+    Ray starts after it return at once. So does storage that refuses; storage that is unavailable,
+    after all the patience that `storage` has, costs the run one of its failures.
     """
     failure = folder.file(FAILURE_FILE)
     if storage.exists(failure):
@@ -109,9 +113,10 @@ def until_it_cannot(folder: RunFolder, body: Callable[[], None]) -> None:
     try:
         body()
     except PcdError as error:
-        if not isinstance(error, storage.StorageError):  # storage may be better next time
+        if not isinstance(error, storage.UnavailableError):  # it may be better next time
             story = {"kind": type(error).__name__, "message": str(error)}
-            storage.write_text(failure, json.dumps(story))
+            with contextlib.suppress(storage.StorageError):  # the error itself is worth more
+                storage.write_text(failure, json.dumps(story))
         raise
 
 

@@ -38,6 +38,7 @@ from pcd_ray.config.teacher import (
 )
 from pcd_ray.config.train import OptimConfig, TrainConfig
 from pcd_ray.config.tune import TuneConfig
+from pcd_ray.config.yaml_text import parse_yaml
 
 __all__ = [
     "MAY_CHANGE_ON_RESUME",
@@ -73,6 +74,7 @@ __all__ = [
     "option_names",
     "option_value",
     "overridden",
+    "parse_yaml",
     "to_yaml",
     "with_values",
 ]

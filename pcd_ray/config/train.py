@@ -93,8 +93,14 @@ class TrainConfig:
     checkpoint_every_minutes: float = 15.0
     """Minutes of training, at most, that a stopped or lost run does again; 0: epochs and steps
     alone. Looked at whenever metrics are logged."""
-    keep_checkpoints: int = 2
+    keep_last: int = 2
     """Newest checkpoints kept."""
+    keep_best: int = 0
+    """Checkpoints kept besides, those that scored best while training; 0: none. Taken are those of
+    epochs after which the score was measured, by ``eval.every_epochs`` or
+    ``eval.probe_every_epochs``. ``RUN/best`` names the first of them, e.g. for ``export``."""
+    keep_best_by: Literal["knn_top1", "segmentation_miou"] = "knn_top1"
+    """Score of ``keep_best``; never the loss, which says little of a student."""
     max_failures: int = 3
     """Times that a failed worker group is started again from the last checkpoint."""
     max_preemptions: int = -1
@@ -110,13 +116,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch_size", "accumulation_steps"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
-        for name in ("log_every_steps", "keep_checkpoints", "start_timeout_s", "resize_check_s"):
+        for name in ("log_every_steps", "keep_last", "start_timeout_s", "resize_check_s"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
         for name in (
             "cpus_per_worker",
             "threads_per_worker",
             "checkpoint_every_steps",
             "checkpoint_every_minutes",
+            "keep_best",
             "max_failures",
         ):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), ">= 0")

@@ -121,7 +121,8 @@ def _pack_missing(
     shared = ray.put(plan)
 
     def make(chunk: Batch) -> Batch:
-        record = pack_part(folder, ray.get(shared), missing[int(chunk["id"][0])])
+        part = missing[int(chunk["id"][0])]
+        record = pack_part(folder, ray.get(shared), part, max_decode_s=data.max_decode_s)
         return {"record": np.array([json.dumps(asdict(record))])}
 
     for block in stream_chunks(make, len(missing), data=data, chunks_ahead=1, num_streams=1):

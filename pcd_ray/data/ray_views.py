@@ -84,9 +84,7 @@ def _views_of_chunk(
         start = int(chunk["id"][0]) * data.images_per_task
         epochs, rows = mine.places(start, min(start + data.images_per_task, mine.num_images))
         numbers = epochs % repeat if repeat else epochs
-        batch = _chunk_views(
-            ray.get(images), numbers, rows, made, seed=seed, max_pixels=data.max_pixels
-        )
+        batch = _chunk_views(ray.get(images), numbers, rows, made, seed=seed, data=data)
         taught = {f"{name}_map": stored.read(numbers, rows) for name, stored in maps.items()}
         return batch | taught | {"row": rows, "epoch": epochs}
 
@@ -155,7 +153,7 @@ def crop_chunks(
         start = int(chunk["id"][0]) * data.images_per_task
         mine = ray.get(order)[start : start + data.images_per_task]
         pixels = [
-            eval_view(explained(decode_rgb, row, content, max_pixels=data.max_pixels), size_px)
+            eval_view(explained(decode_rgb, row, content, **limits_of(data)), size_px)
             for row, content in contents_of(ray.get(images), mine)
         ]
         return {"view": np.stack(pixels), "row": mine}
@@ -198,6 +196,11 @@ def explained(make: Callable[..., Any], entry: dict[str, Any], *args: Any, **kwa
         raise unreadable(entry["key"], entry["uri"], str(error)) from error
 
 
+def limits_of(data: DataConfig) -> dict[str, Any]:
+    """Return what bounds the decoding of one image, as `decode_rgb` calls it."""
+    return {"max_pixels": data.max_pixels, "max_decode_s": data.max_decode_s}
+
+
 def _chunk_views(
     index: pa.Table,
     numbers: np.ndarray[Any, Any],
@@ -205,15 +208,13 @@ def _chunk_views(
     recipe: ViewRecipe,
     *,
     seed: int,
-    max_pixels: int,
+    data: DataConfig,
 ) -> Batch:
     """Return the views of some rows, stacked; ``numbers`` says which view of each."""
     made = []
     for number, (entry, content) in zip(numbers.tolist(), contents_of(index, rows), strict=True):
         own_seed = view_seed(seed, number, entry)
-        made.append(
-            explained(views_of_bytes, entry, content, recipe, own_seed, max_pixels=max_pixels)
-        )
+        made.append(explained(views_of_bytes, entry, content, recipe, own_seed, **limits_of(data)))
     batch = {
         "student_view": np.stack([views.student for views in made]),
         "student_box": np.stack([views.student_box for views in made]),

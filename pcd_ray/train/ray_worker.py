@@ -50,6 +50,7 @@ from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.evaluate.segmentation import linear_probe_miou
 from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
+from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
@@ -114,10 +115,11 @@ class _Run:
             self.events.say(f"note: kNN: {line}")
         self.state = self._new_state()
         self._reported_step = -1
+        self._notices = PreemptionNotices()
         self._timed_step = 0  # up to here, this time went by since the last checkpoint
         self._unsaved_s = 0.0
-        self._notices = PreemptionNotices()
         self._last_scores: dict[str, float] = {}
+        self._scored_step = -1
         self._passed_over: tuple[str, ...] = ()
 
     def train(self) -> None:
@@ -167,6 +169,7 @@ class _Run:
         scores = self._scores_of_epoch(ended)
         if scores:
             self._last_scores |= scores
+            self._scored_step = done.step
             self.events.metrics(done.step, epoch, scores)
         self._checkpoint(done.metrics)
         verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
@@ -401,6 +404,7 @@ class _Run:
             },
             "data_sha256": self.shards.content_hash,
             "metrics": metrics,
+            "scored": self._scored_step == self.state.step,
             "version": __version__,
         }
 
@@ -426,9 +430,13 @@ def _write(  # noqa: PLR0913 - what to write, and what Ray adds
     shutil.rmtree(placeholder.path, ignore_errors=True)
     save_checkpoint(uri, state, about, config)
     prune_checkpoints(
-        folder, written=about["step"], keep=config.train.keep_checkpoints, damaged=passed_over
+        folder,
+        written=about["step"],
+        keep_last=config.train.keep_last,
+        keep_best=(config.train.keep_best, names.SCORES[config.train.keep_best_by]),
+        damaged=passed_over,
     )
-    filesystem, path = storage.filesystem(uri)
+    filesystem, path = patient_filesystem(uri)
     return RayCheckpoint(path, filesystem=filesystem)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
-from pcd_ray.config import Config, TrainConfig
+from pcd_ray.config import Config, DataConfig, TrainConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.plan import EpochPlan, rank_sizes
 from pcd_ray.data.shards import Shards, read_image_bytes
@@ -136,7 +136,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
     Raises:
         PcdError: anything that would stop the run later.
     """
-    sample = _checked_sample(shards, config.data.max_pixels)
+    sample = _checked_sample(shards, config.data)
     eval_read = look_through(config)
     teachers, still_to_fit = [], set()
     caches: dict[str, dict[str, Any]] = {}
@@ -355,7 +355,7 @@ def _check_eval_sizes(config: Config, method: Method) -> None:
             map_shape(network, height, width, option="eval.segmentation_size_px")
 
 
-def _checked_sample(shards: Shards, max_pixels: int) -> list[bytes]:
+def _checked_sample(shards: Shards, data: DataConfig) -> list[bytes]:
     """Return the encoded bytes of a few images that can be decoded."""
     sample = shards.index.slice(0, _SAMPLE_IMAGES).to_pylist()
     contents = read_image_bytes(
@@ -365,7 +365,7 @@ def _checked_sample(shards: Shards, max_pixels: int) -> list[bytes]:
     )
     for entry, content in zip(sample, contents, strict=True):
         try:
-            decode_rgb(content, max_pixels=max_pixels)
+            decode_rgb(content, max_pixels=data.max_pixels, max_decode_s=data.max_decode_s)
         except UnreadableImage as error:
             raise unreadable(entry["key"], entry["uri"], str(error)) from error
     return contents

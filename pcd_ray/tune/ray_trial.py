@@ -25,11 +25,6 @@ from pcd_ray.tune.ray_search import (
 from pcd_ray.tune.space import trial_config
 from pcd_ray.tune.study import COST
 
-_WHILE_TRAINING = {
-    "knn_top1": names.KNN_TOP1,
-    "segmentation_miou": names.SEGMENTATION_MIOU,
-}
-
 
 def run_trial(
     parameters: dict[str, Any], *, base: dict[str, Any], trials_uri: str, places: Mapping[str, Any]
@@ -83,7 +78,7 @@ class _Reporter:
     """Tells Tune the score of each epoch, and what to free should it end the trial."""
 
     def __init__(self, options: TuneConfig) -> None:
-        self._name = _WHILE_TRAINING[options.metric]
+        self._name = names.SCORES[options.metric]
         self._reservation = ""
 
     def __call__(self, event: Event) -> None:
