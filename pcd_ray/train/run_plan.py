@@ -104,9 +104,11 @@ class RunPlan:
     @property
     def headline(self) -> str:
         """The plan in a line."""
+        asked = self.num_workers
+        workers = f"{asked[0]} to {asked[1]}" if isinstance(asked, tuple) else asked
         return (
             f"{self.steps:,} steps of {self.global_batch_size:,} images, {self.epochs} epochs of "
-            f"{self.images_per_epoch:,}, on {self.num_workers} {self.device} workers"
+            f"{self.images_per_epoch:,}, on {workers} {self.device} workers"
         )
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pcd_ray.config import Config, config_from_argv
+from pcd_ray.config import config_from_argv
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
@@ -220,22 +220,21 @@ def test_the_rayjob_is_the_same_cluster() -> None:
     assert spec["autoscalerOptions"]["idleTimeoutSeconds"] == 60 * CLUSTER["idle_timeout_minutes"]
 
 
-def test_the_rayjob_runs_a_configuration_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rayjob_runs_a_configuration_that_loads_on_the_nodes_that_it_brings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(ROOT)
     program, verb, *words = shlex.split(RAYJOB["spec"]["entrypoint"].replace("/opt/pcd_ray/", ""))
-    assert (program, verb) == ("pcd-ray", "train")
-    config = config_from_argv(
-        [program, *[word for word in words if "node_labels" not in word and "result" not in word]]
-    )
-    assert isinstance(config, Config)
-    groups = RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    gpus = {
-        group["groupName"]: group["maxReplicas"]
-        * int(
-            group["template"]["spec"]["containers"][0]["resources"]["limits"].get(
-                "nvidia.com/gpu", 0
-            )
-        )
-        for group in groups
-    }
-    assert config.train.num_workers <= gpus["train"]
+    assert (program, verb, words[-2]) == ("pcd-ray", "train", "--result")
+    config = config_from_argv([program, *words[:-2]])
+    assert config.train.node_labels == TYPES["train"]["labels"]
+    assert config.data.node_labels == TYPES["data"]["labels"]
+    brought = {nodes.labels["pool"]: nodes for nodes in config.run.autoscaled_nodes}
+    groups = {g["groupName"]: g for g in RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    assert set(brought) == POOLS
+    for pool, nodes in brought.items():
+        limits = groups[pool]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert nodes.count == groups[pool]["maxReplicas"]
+        assert nodes.cpus == float(limits["cpu"])
+        assert nodes.gpus == float(limits.get("nvidia.com/gpu", 0))
+    assert config.train.max_workers <= brought["train"].count * brought["train"].gpus
