@@ -27,6 +27,7 @@ from pcd_ray.errors import PcdError, TrainingError
 from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
 from pcd_ray.ray_events import Event, EventReceiver, EventSender
+from pcd_ray.ray_nodes import Need, Standstill
 
 FAILURE_FILE = "failure.json"
 """Why a run cannot go on, for the driver and for workers that Ray starts again."""
@@ -92,8 +93,10 @@ def fit(  # noqa: PLR0913 - what to run, and where
     )
     cause: Exception | None = None
     waits = _environment(_START_TIMEOUT, str(settings.start_timeout_s))
+    least = num_workers if isinstance(num_workers, int) else min(num_workers)
+    standstill = Standstill(Need("workers", least, share.cpus, share.gpus, share.labels))
     try:
-        with _listening(mailbox, on_event), waits, stopped_in_order():
+        with _listening(mailbox, on_event, standstill), waits, stopped_in_order():
             trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         cause = error
@@ -235,11 +238,15 @@ def _story(cause: Exception, settings: TrainConfig) -> str:
 
 
 @contextlib.contextmanager
-def _listening(mailbox: str, on_event: Callable[[Event], None]) -> Iterator[None]:
+def _listening(
+    mailbox: str, on_event: Callable[[Event], None], standstill: Standstill
+) -> Iterator[None]:
     """Pass events on, on a thread, until the block has ended and the mailbox is empty."""
     receiver = EventReceiver(mailbox)
     finished = threading.Event()
-    listener = threading.Thread(target=_listen, args=(receiver, on_event, finished), daemon=True)
+    listener = threading.Thread(
+        target=_listen, args=(receiver, on_event, standstill, finished), daemon=True
+    )
     listener.start()
     try:
         yield
@@ -250,19 +257,29 @@ def _listening(mailbox: str, on_event: Callable[[Event], None]) -> Iterator[None
 
 
 def _listen(
-    receiver: EventReceiver, on_event: Callable[[Event], None], finished: threading.Event
+    receiver: EventReceiver,
+    on_event: Callable[[Event], None],
+    standstill: Standstill,
+    finished: threading.Event,
 ) -> None:
     last = False
     while not last:
         last = finished.wait(_POLL_S)
         try:
             events = receiver.take()
+            line = standstill.line()
         except ray.exceptions.RayError as error:
             words = f"warning: metrics are no longer received ({_last_line(error)})"
             on_event(Event("say", 0, 0.0, {}, words))
             return
         for event in events:
+            if event.kind == "lost":
+                standstill.begin()
+            elif event.kind == "resumed":
+                standstill.end()
             on_event(event)
+        if line and not last:
+            on_event(Event("say", 0, 0.0, {}, line))
 
 
 def _last_line(error: Exception) -> str:

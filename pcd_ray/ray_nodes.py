@@ -183,6 +183,41 @@ def wait_for_nodes(
         ray.util.remove_placement_group(group)
 
 
+@dataclass(slots=True)
+class Standstill:
+    """What workers wait for that are not there, as after a loss, which nobody may wait out.
+
+    Ray Train asks the autoscaler for their nodes for as long as it takes, without a word.
+    """
+
+    need: Need
+    clock: Callable[[], float] = time.monotonic
+    """Seconds from any beginning."""
+    _since_s: float | None = field(default=None, init=False)  # None: the workers are there
+    _said: int = field(default=1, init=False)
+
+    def begin(self) -> None:
+        """Note that there are no workers."""
+        if self._since_s is None:
+            self._since_s, self._said = self.clock(), 1
+
+    def end(self) -> None:
+        """Note that they are there."""
+        self._since_s = None
+
+    def line(self, nodes: Callable[[], Sequence[Node]] = nodes_now) -> str:
+        """Return what is missing, now and then; empty: nothing, or it was said a moment ago."""
+        if self._since_s is None:
+            return ""
+        waited = self.clock() - self._since_s
+        if waited < _said_at(self._said):
+            return ""
+        self._said += 1
+        there = nodes()
+        missing = room_for(there, self.need) < self.need.count
+        return _waiting_line([self.need], there, waited) if missing else ""
+
+
 def _wait(
     needs: Sequence[Need],
     there: Callable[[], bool],
@@ -193,16 +228,25 @@ def _wait(
     begun, said = time.monotonic(), 0
     while not there():
         waited = time.monotonic() - begun
-        story = "; ".join(f"room for {room_for(nodes_now(), each)} of {each}" for each in needs)
         if waited >= limit_s:
             raise ClusterError(
                 f"the autoscaler has not brought the nodes within run.wait_for_nodes_s={limit_s:g}:"
-                f" {story}; look at `ray status` for its reason (quota, spot), or wait longer"
+                f" {_rooms(needs, nodes_now())}; look at `ray status` for its reason (quota, spot),"
+                " or wait longer"
             )
         if waited >= _said_at(said):
-            say(f"waiting for nodes that the autoscaler will bring: {story}; {waited:.0f} s")
+            say(_waiting_line(needs, nodes_now(), waited))
             said += 1
         time.sleep(min(_LOOK_EVERY_S, limit_s - waited))
+
+
+def _waiting_line(needs: Sequence[Need], nodes: Sequence[Node], waited: float) -> str:
+    story = _rooms(needs, nodes)
+    return f"waiting for nodes that the autoscaler will bring: {story}; {waited:.0f} s"
+
+
+def _rooms(needs: Sequence[Need], nodes: Sequence[Node]) -> str:
+    return "; ".join(f"room for {room_for(nodes, each)} of {each}" for each in needs)
 
 
 def _said_at(number: int) -> float:

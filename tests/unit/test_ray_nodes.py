@@ -2,7 +2,15 @@ import pytest
 
 from pcd_ray.config import config_from_values
 from pcd_ray.errors import ConfigError
-from pcd_ray.ray_nodes import Need, Node, fits, launchers_nodes, room_for, with_autoscaled
+from pcd_ray.ray_nodes import (
+    Need,
+    Node,
+    Standstill,
+    fits,
+    launchers_nodes,
+    room_for,
+    with_autoscaled,
+)
 
 DATA, TRAIN = {"pool": "data"}, {"pool": "train"}
 LAUNCHERS = """
@@ -48,6 +56,30 @@ def test_a_task_may_need_the_node_that_workers_would_fill() -> None:
     assert not fits([Node(3), Node(4)], workers, task)
     assert fits([Node(3, count=3)], workers, task)
     assert not fits([], Need("workers", 0, cpus=0), task)
+
+
+def test_a_loss_is_waited_out_with_a_line_now_and_then_while_nodes_are_missing() -> None:
+    now = [100.0]
+    standstill = Standstill(Need("workers", 2, 4, 1, TRAIN), clock=lambda: now[0])
+    one, two = [Node(8, 1, TRAIN)], [Node(8, 1, TRAIN, 2)]
+
+    def said(nodes: list[Node], *, seconds: int) -> list[str]:
+        lines = []
+        for _ in range(seconds):
+            now[0] += 1
+            lines += filter(None, [standstill.line(lambda: nodes)])
+        return lines
+
+    assert said(one, seconds=60) == []  # nothing is lost
+    standstill.begin()
+    first = said(one, seconds=60)
+    assert [line.rpartition("; ")[2] for line in first] == ["15 s", "30 s", "60 s"]
+    assert "room for 1 of 2 workers of 1 GPU and 4 CPUs on nodes with pool=train" in first[0]
+    standstill.begin()  # told again
+    assert said(two, seconds=60) == []  # they are there, and start
+    assert len(said(one, seconds=60)) == 1
+    standstill.end()
+    assert said(one, seconds=60) == []
 
 
 def test_labels_are_plain_names_and_values() -> None:
