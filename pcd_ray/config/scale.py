@@ -16,7 +16,7 @@ class ScaleConfig:
 
     images_per_s_per_worker: float = 500.0
     """Images per second that one worker trains, data aside. An assumption, for no GPU has been
-    measured: give ``throughput/images_per_s`` of a short run, divided by its workers."""
+    measured: give ``throughput/images_per_s_global`` of a short run, divided by its workers."""
     cpu_ms_per_image: float = 0.0
     """CPU time of decoding and augmenting one image; 0 measures it on a sample, where the plan is
     made."""

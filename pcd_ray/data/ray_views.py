@@ -18,7 +18,6 @@ from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import RankPlan
 from pcd_ray.data.ray_stream import Batch, Stage, stream_chunks
-from pcd_ray.data.recipe import recipe_from as recipe_from  # callers of `view_batches` need it
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.seeds import derive_seed
 

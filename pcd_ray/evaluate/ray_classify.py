@@ -24,7 +24,8 @@ from pcd_ray.config import AugmentConfig, Config
 from pcd_ray.data.image_index import classes_of, column
 from pcd_ray.data.plan import RankPlan
 from pcd_ray.data.ray_stream import Batch as ViewBatch
-from pcd_ray.data.ray_views import recipe_from, view_batches
+from pcd_ray.data.ray_views import view_batches
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.errors import naming
 from pcd_ray.evaluate.classify_settings import (
     crops_and_flips,

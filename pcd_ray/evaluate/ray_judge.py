@@ -7,7 +7,7 @@ their frozen backbones.
 import math
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,12 +21,13 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder, find_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.data.plan import EpochPlan, RankPlan
-from pcd_ray.data.ray_views import eval_batches, recipe_from, view_batches
+from pcd_ray.data.ray_views import eval_batches, view_batches
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.build import build_student, load_teachers
 from pcd_ray.distill.student import Student
-from pcd_ray.errors import ConfigError, PcdError, naming
+from pcd_ray.errors import ClusterError, ConfigError, PcdError, naming
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps, segmentation_grid, views_grid
@@ -37,6 +38,7 @@ from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.segmentation_data import SegmentationData
 from pcd_ray.evaluate.shared_scores import shared_knn, shared_probe
 from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
+from pcd_ray.ray_placement import wait_for_workers
 
 _FIGURE_IMAGES = 6
 _FIGURE_SCENES = 4
@@ -57,7 +59,7 @@ class Judgement:
     """What could not be judged or drawn -> why."""
 
 
-def judge(config: Config, *, share: WorkerShare) -> Judgement:
+def judge(config: Config, *, share: WorkerShare, say: Callable[[str], None]) -> Judgement:
     """Judge the newest checkpoint of a run in a Ray task; write its figures to the run's folder.
 
     A score that cannot be had costs itself alone.
@@ -65,6 +67,7 @@ def judge(config: Config, *, share: WorkerShare) -> Judgement:
     Args:
         config: the run.
         share: what the task gets: a training worker's, the rest is left to Ray Data.
+        say: is given lines while nodes are waited for: those of training may be gone.
 
     Raises:
         CheckpointError: the run has no whole checkpoint.
@@ -77,8 +80,9 @@ def judge(config: Config, *, share: WorkerShare) -> Judgement:
         runtime_env={"env_vars": PASSIVE_THREADS},
     )(_judge)
     try:
+        wait_for_workers(config, share, say=say, num_workers=1)
         result: Judgement = ray.get(task.remote(config, share.device))
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ClusterError) as error:
         return Judgement(
             step, failures={"any score": _story(getattr(error, "cause", None) or error)}
         )

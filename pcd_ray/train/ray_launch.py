@@ -93,7 +93,7 @@ def train(
     finally:
         log.close()
     log.say("judging the student")
-    judgement = judge(config, share=found.share)
+    judgement = judge(config, share=found.share, say=log.say)
     result = _finish(config, folder, found.plan, judgement, log.history)
     if judgement.failures:
         reasons = "; ".join(f"{part} ({why})" for part, why in judgement.failures.items())

@@ -20,7 +20,7 @@ from pcd_ray.checkpoint import RunFolder, latest_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.data.ray_stream import ActorPool, Batch, Stage, stream_through_pool
 from pcd_ray.data.ray_teacher_views import teacher_views
-from pcd_ray.data.ray_views import recipe_from
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards, open_shards
 from pcd_ray.distill.build import (
     FITTED_HEADS,

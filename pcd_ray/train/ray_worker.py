@@ -30,7 +30,8 @@ from pcd_ray.checkpoint import (
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import EpochPlan, RankPlan
-from pcd_ray.data.ray_views import recipe_from, view_batches
+from pcd_ray.data.ray_views import view_batches
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import (
     FITTED_HEADS,

@@ -212,7 +212,8 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
     many = trials_at_a_time(config, have, device=device)
     trials_uri = folder.file("trials")
     progress = Progress(config, opened, lambda: write_records(config, folder, opened))
-    progress.begin(space, at_a_time=many, left=left, notes=cache_lines(space, plan))
+    notes = [*cache_lines(space, plan), *filter(None, [plan.notes.get("run.wait_for_nodes_s")])]
+    progress.begin(space, at_a_time=many, left=left, notes=notes)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # trials write their own metrics, and Progress says what a user needs to know
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
@@ -221,7 +222,7 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         base=config_to_values(_without_secrets(config)),
         trials_uri=trials_uri,
         places=places_of(config, folder, have, many=many, device=device),
-        builder=ray.remote(num_cpus=0)(CacheBuilder).remote() if many > 1 else None,
+        builder=_builder() if many > 1 else None,
     )
     tuner = tune.Tuner(
         tune.with_resources(trial, _DRIVER_SHARE),
@@ -242,6 +243,11 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         storage.delete_folder(folder.file(_OF_TUNE))
     if opened.trials(TrialState.RUNNING):
         raise KeyboardInterrupt
+
+
+def _builder() -> Any:
+    """Start what builds caches for all trials, on the head: other nodes may be taken away."""
+    return ray.remote(num_cpus=0, resources={HEAD: _DRIVER_SHARE[HEAD]})(CacheBuilder).remote()
 
 
 def _folder_of(trial: Any) -> str:

@@ -29,7 +29,7 @@ from planned_views import PlannedViews, loader_batches
 from pcd_ray import metric_names as names
 from pcd_ray.config import Config, SourceConfig, config_from_file, to_yaml
 from pcd_ray.data.plan import EpochPlan
-from pcd_ray.data.ray_views import recipe_from
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.data.sources import list_sources
 from pcd_ray.distill.build import Method, build_method, fit_pca_head, load_teacher

@@ -21,7 +21,8 @@ from planned_views import PlannedViews, loader_batches
 from pcd_ray.config import AugmentConfig, DataConfig
 from pcd_ray.data.augment import ViewRecipe
 from pcd_ray.data.plan import EpochPlan, RankPlan
-from pcd_ray.data.ray_views import recipe_from, view_batches
+from pcd_ray.data.ray_views import view_batches
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards, open_shards
 from pcd_ray.train.loop import HostBatch
 

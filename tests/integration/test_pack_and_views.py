@@ -14,7 +14,8 @@ from pcd_ray.data.augment import ViewRecipe, eval_view, make_views
 from pcd_ray.data.plan import EpochPlan, RankPlan, SeenAudit
 from pcd_ray.data.ray_pack import PackResult, pack
 from pcd_ray.data.ray_stream import Batch
-from pcd_ray.data.ray_views import chunks_ahead, eval_batches, recipe_from, view_batches
+from pcd_ray.data.ray_views import chunks_ahead, eval_batches, view_batches
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards, open_shards, verify_shards
 from pcd_ray.errors import ShardError
 from pcd_ray.seeds import derive_seed

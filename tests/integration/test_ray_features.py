@@ -16,7 +16,7 @@ from tiny_run import CLASSES, write_images
 
 from pcd_ray.config import Config
 from pcd_ray.data.augment import eval_view, views_of_bytes
-from pcd_ray.data.ray_views import recipe_from
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, TrainingError
 from pcd_ray.evaluate.classify_settings import crops_and_flips, linear_settings, open_images

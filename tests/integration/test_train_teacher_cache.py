@@ -22,7 +22,8 @@ from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import EpochPlan, RankPlan
-from pcd_ray.data.ray_views import recipe_from, view_batches
+from pcd_ray.data.ray_views import view_batches
+from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import adapted_teacher, load_teachers
 from pcd_ray.distill.teacher import FrozenTeacher
