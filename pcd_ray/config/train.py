@@ -79,7 +79,8 @@ class TrainConfig:
     """Labels of the nodes where networks compute (training, judging, teachers' maps), e.g.
     ``{pool: train}``; empty: all."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: autocast to bfloat16; gates, norms and the loss stay in float32."""
+    """``bf16``: autocast to bfloat16; gates, norms and the loss stay in float32. CPUs without
+    AVX-512 compute it in software, several times slower than ``fp32``."""
     channels_last: bool = False
     """Store maps with channels innermost."""
     sync_batchnorm: bool = False

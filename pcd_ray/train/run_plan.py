@@ -229,7 +229,9 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
         student_parameters=trained_weights(method.student),
         backbone_parameters=_parameters(method.student.backbone),
         eval_read=eval_read,
-        notes=notes | _notes(config, steps=steps),
+        notes=notes
+        | _queue_note(config, steps=steps)
+        | precision_note(config.train.precision, device, torch.backends.cpu.get_cpu_capability()),
         memory_gib_per_worker=round(_memory_gib(config, method), 2),
         scale=_scale(config, shards, method, sample),
     )
@@ -266,8 +268,24 @@ def _queue_fill_steps(config: Config) -> int:
     return math.ceil(config.loss.queue_size / config.train.global_batch_size)
 
 
-def _notes(config: Config, *, steps: int) -> dict[str, str]:
-    """Return what is odd about a run of so many steps, but does not stop it."""
+def precision_note(precision: str, device: str, capability: str) -> dict[str, str]:
+    """Say that this machine computes bfloat16 in software, if it does.
+
+    Args:
+        precision: ``train.precision``.
+        device: ``cpu`` or ``cuda``.
+        capability: torch's name for the widest instructions of this machine's CPU.
+    """
+    if (precision, device) != ("bf16", "cpu") or capability != "AVX2":
+        return {}
+    return {
+        "train.precision": "a CPU without AVX-512, as this one, computes bf16 in software, several "
+        "times slower than numbers of 32 bits: use train.precision=fp32"
+    }
+
+
+def _queue_note(config: Config, *, steps: int) -> dict[str, str]:
+    """Say that a run of so many steps cannot fill its queue, if so."""
     needed = _queue_fill_steps(config)
     if needed <= steps:
         return {}

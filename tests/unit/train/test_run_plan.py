@@ -16,7 +16,14 @@ from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build import fit_pca_head, load_teacher
 from pcd_ray.errors import WeightsError
-from pcd_ray.train.run_plan import RunPlan, elastic_line, images_per_pass, passes_of, plan_run
+from pcd_ray.train.run_plan import (
+    RunPlan,
+    elastic_line,
+    images_per_pass,
+    passes_of,
+    plan_run,
+    precision_note,
+)
 
 NUM_IMAGES, POSITIONS, CHANNELS = 3, 4, 96  # of the shards and of test_resnet at 64 px
 
@@ -197,3 +204,11 @@ def test_a_queue_that_the_run_cannot_fill_is_noted(folder: Path) -> None:
     assert len(note[1]) < 140  # a line of the printed plan holds 160, with larger numbers
     assert planned(folder, loss={"queue_size": 13, "kind": "image"}).notes == plan.notes
     assert planned(folder, loss={"queue_size": 13, "kind": "mse"}).notes == {}
+
+
+def test_bf16_is_noted_where_a_cpu_computes_it_in_software() -> None:
+    (note,) = precision_note("bf16", "cpu", "AVX2").items()
+    assert note[0] == "train.precision"
+    assert note[1].endswith("use train.precision=fp32")
+    for others in (("fp32", "cpu", "AVX2"), ("bf16", "cuda", "AVX2"), ("bf16", "cpu", "AVX512")):
+        assert precision_note(*others) == {}
