@@ -14,6 +14,7 @@ import ray
 import ray.util
 import yaml
 
+from pcd_ray.config import parse_yaml
 from pcd_ray.errors import ClusterError
 
 HEAD = "node:__internal_head__"
@@ -104,7 +105,7 @@ def launchers_nodes(text: str) -> list[Node]:
     """Return the kinds of nodes that a configuration of the cluster launcher may bring, and how
     many of each; kinds whose resources it does not say are left out.
     """  # noqa: D205 - one sentence
-    config: dict[str, Any] = yaml.safe_load(text) or {}
+    config: dict[str, Any] = parse_yaml(text) or {}
     limit = config.get("max_workers", 2)  # the launcher's own default
     found = []
     for name, kind in config.get("available_node_types", {}).items():
