@@ -67,29 +67,11 @@ def fit(  # noqa: PLR0913 - what to run, and where
     storage.delete_file(storage.join(folder.checkpoints, _RAY_LIST))
     storage.delete_file(folder.file(FAILURE_FILE))
     mailbox = f"pcd_ray_{uuid.uuid4().hex}"
-    filesystem, path = patient_filesystem(folder.uri)
     trainer = TorchTrainer(
         worker,
         train_loop_config={**values, "mailbox": mailbox, "threads": share.threads},
-        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
-            num_workers=num_workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=settings.resize_check_s,
-            use_gpu=share.device == "cuda",
-            resources_per_worker=share.resources,
-            label_selector=dict(share.labels) or None,
-        ),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            worker_runtime_env={"env_vars": PASSIVE_THREADS},  # type: ignore[call-arg]
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=settings.max_failures,
-                max_preemption_failures=settings.max_preemptions,
-                relax_collectives_on_preemption=True,  # who stays must not wait for who is gone
-            ),
-            callbacks=[_Losses(folder, mailbox)],  # type: ignore[list-item]
-        ),
+        scaling_config=_scaling(share, settings, num_workers),
+        run_config=_run_config(folder, settings, mailbox),
     )
     cause: Exception | None = None
     waits = _environment(_START_TIMEOUT, str(settings.start_timeout_s))
@@ -101,6 +83,34 @@ def fit(  # noqa: PLR0913 - what to run, and where
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         cause = error
     raise_failure(folder, settings, cause)
+
+
+def _scaling(
+    share: WorkerShare, settings: TrainConfig, num_workers: int | tuple[int, int]
+) -> ray.train.ScalingConfig:
+    return ray.train.ScalingConfig(  # type: ignore[call-arg]
+        num_workers=num_workers,  # type: ignore[arg-type]
+        elastic_resize_monitor_interval_s=settings.resize_check_s,
+        use_gpu=share.device == "cuda",
+        resources_per_worker=share.resources,
+        label_selector=dict(share.labels) or None,
+    )
+
+
+def _run_config(folder: RunFolder, settings: TrainConfig, mailbox: str) -> ray.train.RunConfig:
+    filesystem, path = patient_filesystem(folder.uri)
+    return ray.train.RunConfig(
+        name="checkpoints",
+        storage_path=path,
+        storage_filesystem=filesystem,
+        worker_runtime_env={"env_vars": PASSIVE_THREADS},  # type: ignore[call-arg]
+        failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+            max_failures=settings.max_failures,
+            max_preemption_failures=settings.max_preemptions,
+            relax_collectives_on_preemption=True,  # who stays must not wait for who is gone
+        ),
+        callbacks=[_Losses(folder, mailbox)],  # type: ignore[list-item]
+    )
 
 
 def until_it_cannot(folder: RunFolder, body: Callable[[], None]) -> None:
