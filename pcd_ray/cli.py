@@ -145,11 +145,15 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
 
 def _pack(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.data.ray_pack import pack
-    from pcd_ray.ray_placement import wait_for_data_nodes
+    from pcd_ray.ray_placement import task_of_data, wait_for_data_nodes
 
     config = _config(options.words)
-    wait_for_data_nodes(config, say=lambda line: print(line, file=sys.stderr))
-    return pack(config.data, seed=config.run.seed).summary()
+    task = task_of_data(config)
+
+    def ready() -> None:
+        wait_for_data_nodes(config, task, say=lambda line: print(line, file=sys.stderr))
+
+    return pack(config.data, seed=config.run.seed, ready=ready).summary()
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:

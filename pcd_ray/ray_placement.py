@@ -73,13 +73,21 @@ def wait_for_workers(
     wait_for_nodes(workers, task, limit_s=config.run.wait_for_nodes_s, say=say)
 
 
-def wait_for_data_nodes(config: Config, *, say: Callable[[str], None]) -> None:
-    """Join the cluster and wait until there is a node for tasks of Ray Data.
+def task_of_data(config: Config) -> Need:
+    """Join the cluster; return what one task of Ray Data reserves.
 
     Raises:
-        ClusterError: there can never be one, or none has come in time.
+        ClusterError: no node can ever hold it.
     """
-    task = check_data_task(cluster_of(config), asked_of(config))
+    return check_data_task(cluster_of(config), asked_of(config))
+
+
+def wait_for_data_nodes(config: Config, task: Need, *, say: Callable[[str], None]) -> None:
+    """Wait until there is a node for a task of Ray Data.
+
+    Raises:
+        ClusterError: none has come within ``run.wait_for_nodes_s``.
+    """
     wait_for_nodes(Need("workers", 0, 0.0), task, limit_s=config.run.wait_for_nodes_s, say=say)
 
 

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,7 +65,7 @@ class PackResult:
         return asdict(self)
 
 
-def pack(data: DataConfig, *, seed: int) -> PackResult:
+def pack(data: DataConfig, *, seed: int, ready: Callable[[], object] | None = None) -> PackResult:
     """Pack ``data.sources`` into ``data.shards``; Ray must be initialised.
 
     Unreadable images are left out and listed in ``bad_images.csv``. Run it again after an
@@ -74,6 +74,8 @@ def pack(data: DataConfig, *, seed: int) -> PackResult:
     Args:
         data: the sources, the folder and the limits.
         seed: decides the order of images in the shards.
+        ready: called before the first task, when sources and folder are found good, e.g. to wait
+            for nodes.
 
     Raises:
         ShardError: nothing to pack, repeated keys, another packing's shards in the folder, or more
@@ -94,6 +96,8 @@ def pack(data: DataConfig, *, seed: int) -> PackResult:
     )
     records = finished_parts(folder, plan)
     reused = len(records)
+    if ready is not None and reused < len(plan.parts):
+        ready()
     with closing(_pack_missing(folder, plan, set(records), data)) as packed:
         for record in packed:
             records[record.part] = record

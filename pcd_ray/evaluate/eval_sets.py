@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pcd_ray.config import Config
+from pcd_ray.config import Config, DataConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.image_index import classes_of, column, relabelled
 from pcd_ray.data.ranges import REMOTE_READS
@@ -99,7 +99,7 @@ def look_through(config: Config) -> dict[str, str]:
         for option, index in (("eval.knn_train", knn.train), ("eval.knn_test", knn.test)):
             rows = spread(index.num_rows, KNN_SAMPLE)
             entries = index.take(pa.array(rows)).to_pylist()
-            decode_all(option, lambda entry: _decode(entry, config.data.max_pixels), entries)
+            decode_all(option, lambda entry: _decode(entry, config.data), entries)
             read[option] = f"{_share(len(rows), index.num_rows)} images"
     if probe is not None:
         names = [name for split in probe.splits for name in probe.names(split)]
@@ -150,9 +150,9 @@ def _share(read: int, of: int) -> str:
     return f"all {of:,}" if read == of else f"{read:,} of {of:,}"
 
 
-def _decode(entry: dict[str, Any], max_pixels: int) -> None:
+def _decode(entry: dict[str, Any], data: DataConfig) -> None:
     (content,) = read_image_bytes([entry["uri"]], [entry["offset"]], [entry["size"]])
     try:
-        decode_rgb(content, max_pixels=max_pixels)
+        decode_rgb(content, max_pixels=data.max_pixels, max_decode_s=data.max_decode_s)
     except UnreadableImage as error:
         raise unreadable(entry["key"], entry["uri"], str(error)) from error

@@ -71,7 +71,11 @@ def classified_images(images: KnnImages, config: Config) -> list[Image.Image]:
         [entry["offset"] for entry in entries],
         [entry["size"] for entry in entries],
     )
-    return [decode_rgb(content, max_pixels=config.data.max_pixels) for content in contents]
+    data = config.data
+    return [
+        decode_rgb(content, max_pixels=data.max_pixels, max_decode_s=data.max_decode_s)
+        for content in contents
+    ]
 
 
 def segmented_images(opened: SegmentSet, config: Config) -> list[Image.Image]:
