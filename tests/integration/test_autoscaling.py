@@ -10,6 +10,7 @@ of 3 CPUs whole, must not fit on a node of 2.
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -94,8 +95,9 @@ def _is_node(words: list[str]) -> bool:
 
 def _pool(words: list[str]) -> str:
     """Return the pool of a node by its labels; the head has none."""
-    labels = next((w for w in words if w.startswith("--labels=")), "")
-    return next((pool for pool in ("data", "train") if f'"pool":"{pool}"' in labels), "head")
+    labels = next((w for w in words if w.startswith("--labels")), "")
+    found = re.search(r"\bpool\W+(data|train)\b", labels)
+    return found[1] if found else "head"
 
 
 def _free_port() -> int:
