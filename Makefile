@@ -22,7 +22,7 @@ check: setup  ## formatting, lint, types, layers
 	$(BIN)/lint-imports
 
 test: setup  ## all tests; those that need a GPU or the shared photographs skip without
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup  ## time and memory of the loss in its three forms
 	$(BIN)/python tests/benchmarks/bench_loss.py

@@ -6,10 +6,10 @@ and, written last, ``checkpoint.json`` (format, step, teachers, hash of the stat
 a valid one does not count.
 """
 
+import contextlib
 import hashlib
 import io
 import json
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,11 +20,14 @@ import yaml
 from torch import Tensor
 
 from pcd_ray import storage
-from pcd_ray.config import Config, config_from_values, to_yaml
+from pcd_ray.config import Config, config_from_values, parse_yaml, to_yaml
 from pcd_ray.errors import CheckpointError, ConfigError
+from pcd_ray.metric_names import SCORES
 
 FORMAT = 2
 """1 had one head and one queue: written before a student could have two teachers."""
+BEST = "best"
+"""``RUN/best`` is the checkpoint of a run that scored best."""
 _MARK = re.compile(r"/step_(\d+)/checkpoint\.json$")
 
 
@@ -156,7 +159,7 @@ def load_checkpoint(uri: str) -> Checkpoint:
         )
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # bytes that are no torch file fail in any way
         raise DamagedCheckpointError(f"{uri}: state.pt cannot be read ({error})") from error
     return Checkpoint(uri, state, about, _config(uri))
 
@@ -192,8 +195,32 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
     return None
 
 
+def best_steps(folder: RunFolder, score: str) -> list[int]:
+    """Return the steps of complete checkpoints at which a score was measured, the best first.
+
+    Of equals the older comes first: it took fewer steps.
+
+    Args:
+        folder: the run's.
+        score: name of the metric, of which more is better.
+    """
+    scores = {}
+    for step in checkpoint_steps(folder):
+        about = _about(storage.join(folder.checkpoints, checkpoint_name(step))) or {}
+        metrics = about.get("metrics")
+        value = metrics.get(score) if isinstance(metrics, dict) and about.get("scored") else None
+        if isinstance(value, int | float):
+            scores[step] = value
+    return sorted(scores, key=lambda step: (-scores[step], step))
+
+
 def prune_checkpoints(
-    folder: RunFolder, *, written: int, keep: int, damaged: Iterable[str] = ()
+    folder: RunFolder,
+    *,
+    written: int,
+    keep_last: int,
+    keep_best: tuple[int, str] = (0, ""),
+    damaged: Iterable[str] = (),
 ) -> None:
     """Delete what a checkpoint that has just been written makes superfluous.
 
@@ -201,7 +228,8 @@ def prune_checkpoints(
         folder: the run's.
         written: step of the new checkpoint. What lies beyond it may be damaged, and counts for
             nothing: it would take the place of a good one.
-        keep: how many checkpoints stay, the new one among them.
+        keep_last: how many checkpoints stay, the new one among them.
+        keep_best: how many of the best stay besides, and by which score.
         damaged: URIs that were passed over when the run resumed; one that has been written anew
             stays.
     """
@@ -209,18 +237,23 @@ def prune_checkpoints(
         if storage.name_of(uri) != checkpoint_name(written):
             storage.delete_folder(uri)
     steps = [step for step in checkpoint_steps(folder) if step <= written]
-    for step in steps[:-keep]:
-        storage.delete_folder(storage.join(folder.checkpoints, checkpoint_name(step)))
+    count, score = keep_best
+    best = [step for step in best_steps(folder, score) if step <= written] if count else []
+    for step in steps[:-keep_last]:
+        if step not in best[:count]:
+            storage.delete_folder(storage.join(folder.checkpoints, checkpoint_name(step)))
 
 
 def find_checkpoint(uri: str) -> Checkpoint:
-    """Return a checkpoint by its own folder or the newest one of a run's folder.
+    """Return a checkpoint by its own folder, the newest one of a run's folder, or ``RUN/best``.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: none of these.
     """
     if storage.exists(storage.join(uri, "checkpoint.json")):
         return load_checkpoint(uri)
+    if storage.name_of(uri) == BEST and not storage.exists(uri):
+        return _best_checkpoint(RunFolder(storage.parent(storage.absolute(uri))))
     found = latest_checkpoint(RunFolder(storage.absolute(uri)))
     if found is None:
         raise CheckpointError(
@@ -229,9 +262,22 @@ def find_checkpoint(uri: str) -> Checkpoint:
     return found
 
 
+def _best_checkpoint(folder: RunFolder) -> Checkpoint:
+    """Return the checkpoint that scored best, by the run's own ``train.keep_best_by``."""
+    newest = find_checkpoint(folder.uri)
+    by = newest.config.train.keep_best_by
+    for step in best_steps(folder, SCORES[by]):
+        with contextlib.suppress(DamagedCheckpointError):
+            return load_checkpoint(storage.join(folder.checkpoints, checkpoint_name(step)))
+    raise CheckpointError(
+        f"{folder.uri} holds no checkpoint with a score of its own (train.keep_best_by={by}); "
+        "leave out /best for the newest, or train with train.keep_best"
+    )
+
+
 def _config(uri: str) -> Config:
     try:
-        values = dict(yaml.safe_load(_read(uri, "config.yaml")))
+        values = dict(parse_yaml(_read(uri, "config.yaml").decode()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise DamagedCheckpointError(f"{uri}: config.yaml is damaged ({error})") from error
     try:
@@ -253,7 +299,7 @@ def _read(uri: str, name: str) -> bytes:
 def _about(uri: str) -> dict[str, Any] | None:
     mark = storage.join(uri, "checkpoint.json")
     try:
-        content = json.loads(storage.read_text(mark)) if storage.exists(mark) else None
-    except (json.JSONDecodeError, storage.NotTextError):
+        content = storage.parse_json(storage.read_text(mark)) if storage.exists(mark) else None
+    except (ValueError, storage.NotTextError):
         return None
     return content if isinstance(content, dict) else None

@@ -1,6 +1,7 @@
 """``pcd-ray VERB``: parse, call one function, print what it returns.
 
-Results go to stdout, logs to stderr. Exit code 2: an error that the user can mend; 1: a bug.
+Results go to stdout, logs to stderr. Exit code 2: an error that the user can mend; 1: a bug; 130:
+stopped by Ctrl-C, SIGTERM or ``ray job stop``.
 Nothing heavy is imported before a verb needs it, so that ``--help`` is instant.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -28,36 +30,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     # flags may stand anywhere among the overrides: argparse wants them in one place
     options = _parser().parse_args(sorted(_joined(given), key=lambda word: word.startswith("--")))
+    outcome = _run(options)
+    if options.result:
+        outcome = _kept(outcome, options.result)
+    if outcome["error"]:
+        print(outcome["error"], file=sys.stderr)  # the last line of a job's log
+    elif options.json:
+        print(json.dumps(outcome["summary"], indent=2))
+    else:
+        _print_table(outcome["summary"])
+    code: int = outcome["exit_code"]
+    return code
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the verb and return what came of it, as ``--result`` keeps it."""
     verb: Callable[[argparse.Namespace], dict[str, Any]] = options.run
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints what befell its workers
-            summary = verb(options)
+            return {"exit_code": 0, "error": "", "summary": verb(options)}
     except PcdError as error:
-        if options.traceback:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        found: Exception = error
+        code, story = 2, f"error: {error}"
     except Exception as error:
-        if options.traceback:
-            traceback.print_exc()
-        story = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        print(f"unexpected {type(error).__name__}: {story} (see --traceback)", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    if options.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        _print_table(summary)
-    return 0
+        found = error
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        code, story = 1, f"unexpected {type(error).__name__}: {last} (see --traceback)"
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # Ray's handler exits so
+            raise
+        return _failed(130, "stopped; the same command goes on from the last checkpoint")
+    if options.traceback:
+        traceback.print_exception(found)
+    return _failed(code, story)
+
+
+def _failed(code: int, story: str) -> dict[str, Any]:
+    return {"exit_code": code, "error": story, "summary": {}}
+
+
+def _kept(outcome: dict[str, Any], uri: str) -> dict[str, Any]:
+    """Write what came of a verb; return it, or the error of the writing after the verb's own."""
+    from pcd_ray import storage
+
+    try:
+        storage.write_text(uri, json.dumps(outcome, indent=2))
+    except PcdError as error:
+        stories = [outcome["error"], f"error: --result: {error}"]
+        return _failed(outcome["exit_code"] or 2, "\n".join(filter(None, stories)))
+    return outcome
 
 
 def _joined(words: Sequence[str]) -> list[str]:
     """Return the words with ``--fraction 0.1`` as one: what belongs together stays together."""
     joined: list[str] = []
     for word in words:
-        if joined and joined[-1] == "--fraction":
+        if joined and joined[-1] in ("--fraction", "--result"):
             joined[-1] += f"={word}"
         else:
             joined.append(word)
@@ -82,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("words", nargs="*", metavar=target or "dotted.key=value")
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         verb.add_argument("--traceback", action="store_true", help="show where an error arose")
+        verb.add_argument("--result", metavar="FILE", help="write exit code, error, summary there")
         if name == "train":
             verb.add_argument(
                 "--dry-run", action="store_true", help="check everything, print the plan, stop"

@@ -144,7 +144,8 @@ def _summary_path(path: str) -> str:
 def _default_path(stored: Checkpoint, name: str) -> str:
     """Return a file in the run's folder; in the checkpoint's own when it was taken out of a run."""
     run = _run_of(stored)
-    return storage.join(run.uri if run else stored.uri, "exported", f"{name}.safetensors")
+    folder = storage.join(run.uri if run else stored.uri, "exported")
+    return storage.inside(folder, f"{name}.safetensors")
 
 
 def _run_of(stored: Checkpoint) -> RunFolder | None:

@@ -23,6 +23,8 @@ KNN_TOP1 = "eval/knn_top1_pct"
 KNN1_TOP1 = "eval/knn_k1_top1_pct"
 SEGMENTATION_MIOU = "eval/segmentation_miou_pct"
 
+SCORES = {"knn_top1": KNN_TOP1, "segmentation_miou": SEGMENTATION_MIOU}
+"""What a configuration calls the scores that a run may take while it trains."""
 _OF_THE_SUM = (LOSS, LOSS_FLOOR, LOSS_ABOVE_FLOOR)  # weighted, over all teachers
 
 

@@ -34,6 +34,7 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
 _SMALL_CPUS = 4  # up to this many on a single machine, workers reserve none of them
+_JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # where Ray unpacks ``--working-dir``
 _CPUS_PER_ACTOR = 4  # of a pool that computes on CPUs; more threads scale badly
 
 
@@ -103,6 +104,12 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
     address = os.environ.get("RAY_ADDRESS") or "local"
     alone = address == "local"
     if not ray.is_initialized():
+        if address.startswith(("http://", "https://")):
+            raise ClusterError(
+                f"RAY_ADDRESS={address!r} is a dashboard's: it takes jobs (ray job submit "
+                f"--address {address} --working-dir . -- python jobs/train.py ...); unset "
+                "RAY_ADDRESS to run on this machine"
+            )
         if alone:
             # a cluster of one machine that dies with this process needs no token
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -122,9 +129,27 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
                 ) from error
             raise ClusterError(
                 f"the Ray cluster at RAY_ADDRESS={address!r} does not answer ({error}); check the "
-                "address, export RAY_AUTH_MODE=token if it asks for one, or unset RAY_ADDRESS"
+                "address, export RAY_AUTH_MODE=token if it asks for one (~/.ray/auth_token must "
+                "hold the cluster's), or unset RAY_ADDRESS"
             ) from error
     return cluster_nodes(autoscaled, ours=alone)
+
+
+def check_outlives_job(option: str, uri: str) -> None:
+    """Refuse to store anything in the copy of the working folder that Ray makes for a job.
+
+    Args:
+        option: what asks for the place.
+        uri: the place, absolute.
+
+    Raises:
+        ClusterError: it would go with the job, or lie on a node where nobody finds it.
+    """
+    if _JOB_FOLDERS in uri:
+        raise ClusterError(
+            f"{option}={uri} lies in this job's own copy of the working folder, which Ray deletes; "
+            f"give a place that all nodes share, e.g. {option}=s3://bucket/folder"
+        )
 
 
 def share_for_workers(have: Cluster, asked: Asked) -> WorkerShare:
@@ -159,6 +184,27 @@ def share_for_workers(have: Cluster, asked: Asked) -> WorkerShare:
             f"train.num_workers, train.cpus_per_worker or data.cpus_per_task{_hint(have)}"
         )
     return share
+
+
+def cpus_beside_others(have: Cluster, asked: Asked, *, groups: int) -> float:
+    """Return what each worker may reserve where several groups of workers run at once.
+
+    Where data tasks share the workers' nodes, half of a group's part is left to them, as for one
+    group alone; 0: let `share_for_workers` decide, which reserves nothing on a small machine.
+
+    Args:
+        have: the cluster.
+        asked: what one group asks for, on its device (not ``auto``).
+        groups: how many there are.
+    """
+    there = nodes_with(have.most, asked.worker_labels)
+    cpus = sum(node.cpus * node.count for node in there) / groups
+    if asked.device == "cpu" and _is_small(have):
+        return 0.0
+    if nodes_with(there, asked.data_labels):
+        cpus = (cpus - asked.cpus_per_data_task) / 2
+    each = cpus / asked.most
+    return max(0.001, _rounded(min(each, 1.0) if asked.device == "cuda" else each))
 
 
 def needs_of(share: WorkerShare, asked: Asked, *, count: int) -> tuple[Need, Need]:
@@ -246,10 +292,22 @@ def call_in_tasks(
     )(work)
     begun = [task.remote(*each) for each in arguments]
     try:
-        return list(ray.get(begun))
-    except ray.exceptions.RayError as error:
+        return fetched(begun)
+    except Exception:
         for each in begun:
             ray.cancel(each)
+        raise
+
+
+def fetched(begun: Sequence[Any]) -> list[Any]:
+    """Return the results of calls that have begun, in order.
+
+    Raises:
+        PcdError: as `call_in_tasks`.
+    """
+    try:
+        return list(ray.get(list(begun)))
+    except ray.exceptions.RayError as error:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
         if isinstance(cause, PcdError):
             raise cause from None
@@ -345,10 +403,14 @@ def _cpus_per_worker(
     if device == "cuda":
         rest = cpus - asked.cpus_per_data_task if shared else cpus
         return max(0.0, min(1.0, _rounded(rest / per_node / (2 if shared else 1))))
-    alone = len(have.most) == 1 and have.most[0].count == 1
-    if shared and alone and cpus <= _SMALL_CPUS:
+    if shared and _is_small(have):
         return 0.0
     return _rounded(cpus / per_node / (2 if shared else 1))
+
+
+def _is_small(have: Cluster) -> bool:
+    """Say whether it is one small machine, on which workers reserve nothing."""
+    return len(have.most) == 1 == have.most[0].count and have.most[0].cpus <= _SMALL_CPUS
 
 
 def _rounded(cpus: float) -> float:

@@ -27,7 +27,7 @@ from pcd_ray.data.scenes import CLASSES, make_picture, write_scenes
 from pcd_ray.distill.backbones import build_backbone, map_shape
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.errors import ConfigError
-from pcd_ray.ray_cluster import connect
+from pcd_ray.ray_cluster import check_outlives_job, connect
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
 from pcd_ray.train.ray_launch import TrainResult, train
@@ -92,6 +92,7 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
     """
     size = size or DemoSize()
     folder = RunFolder.of(config)
+    check_outlives_job("run.root", folder.uri)
     _claim(folder, {"run.seed": config.run.seed, **asdict(size)})
     config = _filled_in(config, folder)
     connect()

@@ -9,10 +9,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that rank 0 tells the driver."""
+    """Something that rank 0, or the process that looks after the workers, tells the driver."""
 
     kind: str
-    """``reserved``, ``resumed``, ``metrics``, ``checkpoint`` or ``say``."""
+    """``reserved``, ``resumed``, ``metrics``, ``checkpoint``, ``lost`` or ``say``."""
     step: int
     epoch: float
     values: dict[str, float]
@@ -70,6 +70,10 @@ class EventSender:
     def checkpoint(self, step: int) -> None:
         """Say that a checkpoint of this step is under way."""
         self._put(Event("checkpoint", step, 0.0, {}))
+
+    def lost(self, text: str) -> None:
+        """Say which workers were lost."""
+        self._put(Event("lost", 0, 0.0, {}, text))
 
     def say(self, text: str) -> None:
         """Send a line of text."""

@@ -18,8 +18,9 @@ def write_images(root: Path) -> str:
     return str(root)
 
 
-def write_shards(root: Path) -> str:
-    source = write_images(root / "images")
+def write_shards(root: Path, source: str = "") -> str:
+    """Pack a folder of images, by default three small ones, into ``root/packed``."""
+    source = source or write_images(root / "images")
     plan = plan_packing(list_sources([source]), seed=0, shard_bytes=10**6, max_pixels=10**6)
     folder = str(root / "packed")
     records = [pack_part(folder, plan, part) for part in range(len(plan.parts))]

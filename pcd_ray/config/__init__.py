@@ -6,9 +6,9 @@ code, [ours] decided here. No value here is claimed to stand in the paper.
 
 Sections are declared in ``run.py`` (``run``, ``export``), ``data.py`` (``data``, ``augment``),
 ``teacher.py``, ``student.py``, ``loss.py`` (``pairing``, ``loss``), ``train.py`` (``optim``,
-``train``), ``eval.py``, ``eval_tasks.py`` and ``tune.py``; a section within a section stands above
-it in its file. A new one gets a field of its parent (of ``Config`` in ``schema.py``, at the top), a
-line in ``resume.py`` if a resumed run may set it anew, and its name below.
+``train``), ``eval.py``, ``eval_tasks.py``, ``tune.py`` and ``scale.py``; a section within a section
+stands above it in its file. A new one gets a field of its parent (of ``Config`` in ``schema.py``,
+at the top), a line in ``resume.py`` if a resumed run may set it anew, and its name below.
 """
 
 from pcd_ray.config.data import AugmentConfig, DataConfig, SourceConfig
@@ -27,6 +27,7 @@ from pcd_ray.config.loss import LossConfig, PairingConfig
 from pcd_ray.config.problems import nearest_option
 from pcd_ray.config.resume import MAY_CHANGE_ON_RESUME, changed_options
 from pcd_ray.config.run import ExportConfig, NodesConfig, RunConfig
+from pcd_ray.config.scale import ScaleConfig
 from pcd_ray.config.schema import Config, option_names, option_value
 from pcd_ray.config.student import MhsaConfig, StudentConfig
 from pcd_ray.config.teacher import (
@@ -37,6 +38,7 @@ from pcd_ray.config.teacher import (
 )
 from pcd_ray.config.train import OptimConfig, TrainConfig
 from pcd_ray.config.tune import TuneConfig
+from pcd_ray.config.yaml_text import parse_yaml
 
 __all__ = [
     "MAY_CHANGE_ON_RESUME",
@@ -55,6 +57,7 @@ __all__ = [
     "OptimConfig",
     "PairingConfig",
     "RunConfig",
+    "ScaleConfig",
     "SegmentConfig",
     "SourceConfig",
     "StudentConfig",
@@ -71,6 +74,7 @@ __all__ = [
     "option_names",
     "option_value",
     "overridden",
+    "parse_yaml",
     "to_yaml",
     "with_values",
 ]

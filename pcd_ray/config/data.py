@@ -40,6 +40,9 @@ class DataConfig:
     max_pixels: int = 100_000_000
     """Images with more pixels (width x height) are refused as unreadable; at most 178,956,970,
     beyond which Pillow reads none."""
+    max_decode_s: float = 10.0
+    """Images that take longer to decode, in seconds of processor time, are refused as unreadable.
+    It is looked at between blocks of encoded bytes, and passed by what one block takes."""
     shard_mib: int = 128
     """Encoded bytes per shard, in MiB, before rounding to whole images."""
     images_per_task: int = 128
@@ -66,6 +69,7 @@ class DataConfig:
             self.max_pixels,
             f"in [1, {_PILLOWS_LIMIT_PX}], the most that Pillow reads",
         )
+        require(self.max_decode_s > 0, "data.max_decode_s", self.max_decode_s, "> 0")
         require(self.shard_mib > 0, "data.shard_mib", self.shard_mib, "> 0")
         require(self.images_per_task > 0, "data.images_per_task", self.images_per_task, "> 0")
         require(self.prefetch_batches >= 0, "data.prefetch_batches", self.prefetch_batches, ">= 0")

@@ -70,7 +70,7 @@ class DetectConfig:
     fraction: float = 1.0
     """Share of the steps, and of the images of both splits, in (0, 1]; below 1 a smoke run."""
     global_batch_size: int = 16
-    """Images per step, over all ``train.num_workers``."""
+    """Images per step, over all ``train.num_workers``, of an elastic pair the fewest."""
     lr_per_16_images: float = 0.02
     """Learning rate per 16 images of the global batch."""
     warmup_steps: int = 1000

@@ -1,5 +1,6 @@
 """Plain data, YAML files and overrides to a checked Config, and back."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pcd_ray.config.problems import problem
 from pcd_ray.config.schema import Config
+from pcd_ray.config.yaml_text import dump_yaml, parse_yaml
 from pcd_ray.errors import ConfigError
+from pcd_ray.uris import SecretInUriError, refuse_secrets
 
 
 def config_from_values(values: dict[str, Any]) -> Config:
@@ -17,8 +20,10 @@ def config_from_values(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: all problems at once, each with its dotted path and the nearest known name.
     """
+    _refuse_secrets(values)
     try:
-        return TypeAdapter(Config).validate_python(_with_source_mappings(values))
+        checked: Config = _adapter(Config).validate_python(_with_source_mappings(values))
+        return checked
     except ValidationError as error:
         problems = sorted({problem(dict(item)) for item in error.errors()})
         raise ConfigError("\n".join(problems)) from error
@@ -26,7 +31,9 @@ def config_from_values(values: dict[str, Any]) -> Config:
 
 def config_to_values(config: Any) -> dict[str, Any]:
     """Return a Config (or a section of it) as plain nested data, ready for YAML and JSON."""
-    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    plain: dict[str, Any] = _adapter(type(config)).dump_python(  # type: ignore[arg-type]
+        config, mode="json"
+    )
     return plain
 
 
@@ -40,7 +47,7 @@ def config_from_file(path: str, overrides: Sequence[str] = ()) -> Config:
     if path:
         try:
             with open(path, encoding="utf-8") as file:
-                values = yaml.safe_load(file) or {}
+                values = parse_yaml(file.read()) or {}
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be read ({error.strerror}); give a YAML file"
@@ -87,7 +94,13 @@ def config_from_argv(argv: Sequence[str]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """Return the whole configuration as YAML, defaults included."""
-    return str(yaml.safe_dump(config_to_values(config), sort_keys=False))
+    return dump_yaml(config_to_values(config))
+
+
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Return what checks and dumps a section; it takes far longer to build than to use."""
+    return TypeAdapter(kind)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -95,7 +108,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise ConfigError(f"{override!r} is no override; write dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML ({error}); quote it") from error
     _set(values, name, "" if value is None and text == "" else value, story=repr(override))
@@ -113,6 +126,21 @@ def _set(values: dict[str, Any], name: str, value: Any, *, story: str) -> None:
             raise ConfigError(f"{story}: {section} is {inner!r}, not a section")
         place = inner
     place[last] = value
+
+
+def _refuse_secrets(values: Any, name: str = "") -> None:
+    """Refuse URIs that carry credentials, but for a sweep's database, which is stored without."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            _refuse_secrets(value, f"{name}.{key}".lstrip("."))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            _refuse_secrets(value, name)
+    elif isinstance(values, str) and name != "tune.storage":
+        try:
+            refuse_secrets(values)
+        except SecretInUriError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _with_source_mappings(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.shards",
     "data.max_bad_fraction",
     "data.max_pixels",
+    "data.max_decode_s",
     "data.shard_mib",
     "data.images_per_task",
     "data.prefetch_batches",
@@ -26,11 +27,18 @@ MAY_CHANGE_ON_RESUME = (
     "train.node_labels",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
-    "train.keep_checkpoints",
+    "train.checkpoint_every_minutes",
+    "train.keep_last",
+    "train.keep_best",
+    "train.keep_best_by",
     "train.max_failures",
+    "train.max_preemptions",
+    "train.start_timeout_s",
+    "train.resize_check_s",
     "eval",
     "export",
     "tune",
+    "scale",
 )
 """Options that a resumed run may set anew. ``data.shards`` and teachers' ``weights`` are places:
 what lies there is compared by content hash instead. ``run.seed`` matters and is compared."""

@@ -51,7 +51,8 @@ class RunConfig:
     """Longest wait for nodes that the autoscaler will bring."""
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a plain name")
+        plain = self.name not in ("", ".", "..") and "/" not in self.name
+        require(plain, "run.name", self.name, "a plain name")
         require(self.wait_for_nodes_s > 0, "run.wait_for_nodes_s", self.wait_for_nodes_s, "> 0")
 
 

@@ -13,6 +13,7 @@ from pcd_ray.config.data import AugmentConfig, DataConfig
 from pcd_ray.config.eval import EvalConfig
 from pcd_ray.config.loss import LossConfig, PairingConfig
 from pcd_ray.config.run import ExportConfig, RunConfig
+from pcd_ray.config.scale import ScaleConfig
 from pcd_ray.config.student import StudentConfig
 from pcd_ray.config.teacher import TeacherConfig
 from pcd_ray.config.train import OptimConfig, TrainConfig
@@ -52,6 +53,8 @@ class Config:
     """The student file."""
     tune: TuneConfig = field(default_factory=TuneConfig)
     """A search over other options."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Machines that the plan is worked out for."""
 
     def __post_init__(self) -> None:
         require(
@@ -61,6 +64,7 @@ class Config:
             "same_view (one crop) or cross_view_index (two) with loss.kind=image, which pools "
             "positions instead of pairing them",
         )
+        self._check_that_the_best_are_known()
         views = self.teacher.cache.views
         require(
             self.teacher_2 is None or self.teacher_2.cache.views == views,
@@ -68,6 +72,19 @@ class Config:
             self.teacher_2 and self.teacher_2.cache.views,
             f"{views} as teacher.cache.views is, since both teachers see the same views: the maps "
             "of both are stored or of neither",
+        )
+
+    def _check_that_the_best_are_known(self) -> None:
+        by_knn = self.train.keep_best_by == "knn_top1"
+        evaluation = self.eval
+        knn_every = evaluation.every_epochs if evaluation.knn_train else 0
+        every = knn_every if by_knn else evaluation.probe_every_epochs
+        require(
+            not self.train.keep_best or every > 0,
+            "train.keep_best",
+            self.train.keep_best,
+            f"0 without a score while training: train.keep_best_by={self.train.keep_best_by} needs "
+            + ("eval.every_epochs and eval.knn_train" if by_knn else "eval.probe_every_epochs"),
         )
 
     @property

@@ -1,9 +1,9 @@
 """Sections ``optim`` and ``train``: optimiser and schedule, loop and workers."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 from pcd_ray.config.checks import FORBID, require, require_labels
 
@@ -40,6 +40,16 @@ class OptimConfig:
         require(self.clip_grad_norm >= 0, "optim.clip_grad_norm", self.clip_grad_norm, ">= 0")
 
 
+def _number_or_pair(value: Any) -> Any:
+    """Let a list of two through as a pair, and refuse in one message what is no whole number."""
+    numbers = value if (pair := isinstance(value, list | tuple)) else [value]
+    if not all(type(number) is int for number in numbers) or (pair and len(numbers) != 2):
+        raise ValueError(
+            f"train.num_workers={value!r}: give a whole number, or [least, most] of an elastic run"
+        )
+    return tuple(numbers) if pair else value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The training loop and its workers."""
@@ -51,9 +61,11 @@ class TrainConfig:
     global_batch_size: int = 1024
     """Images per optimiser step, over all workers and accumulation steps. [code]"""
     accumulation_steps: int = 1
-    """Forward and backward passes per optimiser step."""
-    num_workers: int = 1
-    """Ray Train workers; one GPU each when ``device`` is cuda."""
+    """Forward and backward passes per optimiser step; more where fewer workers than the most of
+    ``num_workers`` run, so that a pass holds no more images."""
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_number_or_pair)] = 1
+    """Ray Train workers; one GPU each when ``device`` is cuda. ``[least, most]``: as many of these
+    as the cluster holds, more or fewer as machines come and go; the global batch stays."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; ``auto`` takes cuda when the cluster has GPUs, or its autoscaler may
     bring some."""
@@ -67,7 +79,8 @@ class TrainConfig:
     """Labels of the nodes where networks compute (training, judging, teachers' maps), e.g.
     ``{pool: train}``; empty: all."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: autocast to bfloat16; gates, norms and the loss stay in float32."""
+    """``bf16``: autocast to bfloat16; gates, norms and the loss stay in float32. CPUs without
+    AVX-512 compute it in software, several times slower than ``fp32``."""
     channels_last: bool = False
     """Store maps with channels innermost."""
     sync_batchnorm: bool = False
@@ -77,35 +90,72 @@ class TrainConfig:
     log_every_steps: int = 10
     """Optimiser steps between two lines of metrics."""
     checkpoint_every_steps: int = 0
-    """Optimiser steps between checkpoints, besides those at each epoch; 0: epochs alone."""
-    keep_checkpoints: int = 2
+    """Optimiser steps between checkpoints, besides those at each epoch; 0: epochs and minutes."""
+    checkpoint_every_minutes: float = 15.0
+    """Minutes of training, at most, that a stopped or lost run does again; 0: epochs and steps
+    alone. Looked at whenever metrics are logged."""
+    keep_last: int = 2
     """Newest checkpoints kept."""
+    keep_best: int = 0
+    """Checkpoints kept besides, those that scored best while training; 0: none. Taken are those of
+    epochs after which the score was measured, by ``eval.every_epochs`` or
+    ``eval.probe_every_epochs``. ``RUN/best`` names the first of them, e.g. for ``export``."""
+    keep_best_by: Literal["knn_top1", "segmentation_miou"] = "knn_top1"
+    """Score of ``keep_best``; never the loss, which says little of a student."""
     max_failures: int = 3
     """Times that a failed worker group is started again from the last checkpoint."""
+    max_preemptions: int = -1
+    """Times that it is started again because its machines were taken away (spot machines), which
+    ``max_failures`` does not count; -1: any."""
+    start_timeout_s: float = 30.0
+    """Seconds that a group of workers waits for its machines. Then it is counted anew how many
+    there are: what an elastic run waits after a loss before it goes on with fewer."""
+    resize_check_s: float = 300.0
+    """Seconds between two looks whether an elastic run could have more workers; growing repeats
+    the steps since the last checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size", "accumulation_steps", "num_workers"):
+        for name in ("epochs", "global_batch_size", "accumulation_steps"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
-        for name in ("log_every_steps", "keep_checkpoints"):
+        for name in ("log_every_steps", "keep_last", "start_timeout_s", "resize_check_s"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
         for name in (
             "cpus_per_worker",
             "threads_per_worker",
             "checkpoint_every_steps",
+            "checkpoint_every_minutes",
+            "keep_best",
             "max_failures",
         ):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), ">= 0")
+        require(self.max_preemptions >= -1, "train.max_preemptions", self.max_preemptions, ">= -1")
         require_labels(self.node_labels, "train.node_labels")
-        batch, parts = self.global_batch_size, self.num_workers * self.accumulation_steps
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        least, most = self.min_workers, self.max_workers
+        wanted = "> 0" if least == most else "[least, most] with 1 <= least <= most"
+        require(1 <= least <= most, "train.num_workers", self.num_workers, wanted)
+        batch, parts = self.global_batch_size, most * self.accumulation_steps
         if batch % parts:
             lower = batch - batch % parts
             fix = f"use {lower + parts}" if lower == 0 else f"use {lower} or {lower + parts}"
             raise ValueError(
                 f"train.global_batch_size={batch} does not split over train.num_workers="
-                f"{self.num_workers} x train.accumulation_steps={self.accumulation_steps}; {fix}"
+                f"{most} x train.accumulation_steps={self.accumulation_steps}; {fix}"
             )
 
     @property
+    def min_workers(self) -> int:
+        """Fewest workers that the run goes with: what the cluster must hold to begin."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers that the run takes."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
     def batch_size_per_worker(self) -> int:
-        """Images that one worker takes per optimiser step."""
-        return self.global_batch_size // self.num_workers
+        """Images that one worker takes per optimiser step; the most, with the fewest workers."""
+        return -(-self.global_batch_size // self.min_workers)

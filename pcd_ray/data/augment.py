@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from pcd_ray.data.decode import finish_rgb, open_image, upright_size
+from pcd_ray.data.decode import MAX_DECODE_S, finish_rgb, open_image, upright_size
 from pcd_ray.seeds import derive_seed
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -74,7 +74,14 @@ def make_views(image: Image.Image, recipe: ViewRecipe, seed: int) -> Views:
     return _render(image, image.size, recipe, seed)
 
 
-def views_of_bytes(data: bytes, recipe: ViewRecipe, seed: int, *, max_pixels: int) -> Views:
+def views_of_bytes(
+    data: bytes,
+    recipe: ViewRecipe,
+    seed: int,
+    *,
+    max_pixels: int,
+    max_decode_s: float = MAX_DECODE_S,
+) -> Views:
     """Return the views of an encoded image.
 
     The same as `make_views` of the decoded image, but a JPEG several times larger than its views
@@ -83,16 +90,23 @@ def views_of_bytes(data: bytes, recipe: ViewRecipe, seed: int, *, max_pixels: in
     Raises:
         UnreadableImage: the bytes cannot be decoded.
     """
-    return _render(*_decoded(data, recipe, seed, max_pixels), recipe, seed)
+    return _render(*_decoded(data, recipe, seed, max_pixels, max_decode_s), recipe, seed)
 
 
-def teacher_view_of_bytes(data: bytes, recipe: ViewRecipe, seed: int, *, max_pixels: int) -> Pixels:
+def teacher_view_of_bytes(
+    data: bytes,
+    recipe: ViewRecipe,
+    seed: int,
+    *,
+    max_pixels: int,
+    max_decode_s: float = MAX_DECODE_S,
+) -> Pixels:
     """Return the view alone that the teacher sees of an encoded image, as `views_of_bytes` does.
 
     Raises:
         UnreadableImage: the bytes cannot be decoded.
     """
-    image, size = _decoded(data, recipe, seed, max_pixels)
+    image, size = _decoded(data, recipe, seed, max_pixels, max_decode_s)
     student_box, teacher_box = _boxes(size, recipe, seed)
     if not recipe.two_colours:
         return _student_view(_crop(image, size, student_box, recipe.image_size_px), recipe, seed)
@@ -100,10 +114,10 @@ def teacher_view_of_bytes(data: bytes, recipe: ViewRecipe, seed: int, *, max_pix
 
 
 def _decoded(
-    data: bytes, recipe: ViewRecipe, seed: int, max_pixels: int
+    data: bytes, recipe: ViewRecipe, seed: int, max_pixels: int, max_decode_s: float
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Return an image, as large as its views need, and the size of the original."""
-    opened = open_image(data, max_pixels=max_pixels)
+    opened = open_image(data, max_pixels=max_pixels, max_decode_s=max_decode_s)
     size = upright_size(opened)
     zoom = max(
         _OVERSAMPLING * recipe.image_size_px / min(box[2:4]) for box in _boxes(size, recipe, seed)

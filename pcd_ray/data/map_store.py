@@ -191,6 +191,6 @@ def _read_manifest(uri: str) -> dict[str, Any] | None:
     if not storage.exists(path):
         return None
     try:
-        return dict(json.loads(storage.read_text(path)))
+        return dict(storage.parse_json(storage.read_text(path)))
     except (ValueError, TypeError, storage.NotTextError) as error:
         raise ShardError(f"{path}: is damaged ({error}); {_AGAIN}") from error

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pcd_ray import storage
-from pcd_ray.data.decode import UnreadableImage, decode_rgb
+from pcd_ray.data.decode import MAX_DECODE_S, UnreadableImage, decode_rgb
 from pcd_ray.data.image_index import classes_of, column, repeated_keys, with_classes
 from pcd_ray.data.shard_writer import ROW_GROUP_IMAGES, ShardWriter
 from pcd_ray.data.shards import (
@@ -134,12 +134,14 @@ def _record_uri(folder: str, part: int) -> str:
 
 def _read_record(uri: str) -> PartRecord:
     try:
-        return PartRecord(**json.loads(storage.read_text(uri)))
+        return PartRecord(**storage.parse_json(storage.read_text(uri)))
     except (ValueError, TypeError) as error:
         raise ShardError(f"{uri}: is damaged ({error}); delete it and pack again") from error
 
 
-def pack_part(folder: str, plan: PackPlan, part: int) -> PartRecord:
+def pack_part(
+    folder: str, plan: PackPlan, part: int, *, max_decode_s: float = MAX_DECODE_S
+) -> PartRecord:
     """Read, check and write one shard, then its record; each file whole or not at all.
 
     Raises:
@@ -151,7 +153,7 @@ def pack_part(folder: str, plan: PackPlan, part: int) -> PartRecord:
     bad: list[tuple[int, str]] = []
     for first in range(start, stop, ROW_GROUP_IMAGES):
         rows = plan.listing.slice(first, min(ROW_GROUP_IMAGES, stop - first))
-        good, failures = _checked(rows, plan.max_pixels)
+        good, failures = _checked(rows, plan.max_pixels, max_decode_s)
         if good:
             writer.add(pa.Table.from_pylist([row for _, row in good], schema=SHARD_SCHEMA))
         kept += [[first - start + at, row["width"], row["height"]] for at, row in good]
@@ -174,7 +176,7 @@ def pack_part(folder: str, plan: PackPlan, part: int) -> PartRecord:
 
 
 def _checked(
-    rows: pa.Table, max_pixels: int
+    rows: pa.Table, max_pixels: int, max_decode_s: float
 ) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
     """Return (place, shard row) of the images that decode, (place, reason) of the others."""
     good, bad = [], []
@@ -183,7 +185,7 @@ def _checked(
         try:
             if isinstance(content, ShardError):
                 raise UnreadableImage(str(content))
-            image = decode_rgb(content, max_pixels=max_pixels)
+            image = decode_rgb(content, max_pixels=max_pixels, max_decode_s=max_decode_s)
         except UnreadableImage as error:
             bad.append((place, str(error)))
             continue

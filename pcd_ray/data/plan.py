@@ -1,9 +1,10 @@
 """The order of images for ever: which image stands at each position of one endless stream.
 
 Training reads positions 0, 1, 2, ... . Epoch e holds positions [e*E, (e+1)*E), E = images per
-epoch; optimiser step s reads [s*G, (s+1)*G), G = global batch; rank r of R reads the r-th equal
-part of it. So batches are always full, every image of every epoch is read once whatever R is, and
-resuming at step s is starting at s*G. Positions map to rows by keyed bijections: nothing is stored.
+epoch; optimiser step s reads [s*G, (s+1)*G), G = global batch; rank r of R reads its images
+[r*G // R, (r+1)*G // R), as many as any other rank or one less. So batches are always full, every
+image of every epoch is read once whatever R is, and resuming at step s is starting at s*G.
+Positions map to rows by keyed bijections: nothing is stored.
 """
 
 from collections.abc import Iterable, Sequence
@@ -96,16 +97,25 @@ def rank_span(step: int, rank: int, num_ranks: int, global_batch_size: int) -> t
     """Return the positions [start, stop) that a rank reads in an optimiser step.
 
     Raises:
-        ConfigError: the global batch does not split evenly.
+        ConfigError: there are more ranks than images in a step.
     """
-    if global_batch_size % num_ranks:
+    if global_batch_size < num_ranks:
         raise ConfigError(
-            f"train.global_batch_size={global_batch_size} does not split over {num_ranks} workers; "
-            "use a multiple of train.num_workers"
+            f"train.global_batch_size={global_batch_size} leaves some of {num_ranks} workers "
+            f"without an image; use at most train.num_workers={global_batch_size}"
         )
-    share = global_batch_size // num_ranks
-    start = step * global_batch_size + rank * share
-    return start, start + share
+    first, stop = (number * global_batch_size // num_ranks for number in (rank, rank + 1))
+    return step * global_batch_size + first, step * global_batch_size + stop
+
+
+def rank_sizes(num_ranks: int, global_batch_size: int) -> list[int]:
+    """Return the images of each rank in an optimiser step, the same in every step.
+
+    Raises:
+        ConfigError: there are more ranks than images in a step.
+    """
+    spans = [rank_span(0, rank, num_ranks, global_batch_size) for rank in range(num_ranks)]
+    return [stop - start for start, stop in spans]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,10 +137,10 @@ class RankPlan:
 
     @property
     def batch_size(self) -> int:
-        """Images of this rank per optimiser step, G / R.
+        """Images of this rank per optimiser step, G / R rounded down or up.
 
         Raises:
-            ConfigError: the global batch does not split evenly.
+            ConfigError: there are more ranks than images in a step.
         """
         first, stop = self._span(0)
         return stop - first

@@ -1,7 +1,6 @@
 """Byte ranges of many files, local or on object stores, read side by side."""
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,9 +10,6 @@ from pcd_ray import storage
 from pcd_ray.errors import ShardError
 
 REMOTE_READS = 16  # requests in flight: object stores answer slowly but side by side
-RETRY_PAUSES_S = (0.1, 0.5, 2.0)
-"""Waits before a read that failed is tried again."""
-_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # no wait brings it back
 
 
 def by_filesystem(uris: Iterable[str]) -> list[tuple[pafs.FileSystem, dict[str, str]]]:
@@ -39,8 +35,7 @@ def read_ranges(
 ) -> list[bytes]:
     """Return byte ranges of files, in the order asked for.
 
-    Each file is opened once; object stores are asked for several ranges at a time. A read that
-    fails is tried again after each of `RETRY_PAUSES_S`.
+    Each file is opened once; object stores are asked for several ranges at a time.
 
     Args:
         uris: the file of each range.
@@ -60,7 +55,7 @@ def read_ranges(
 
         def read(uri: str, fs: pafs.FileSystem = fs, paths: dict[str, str] = paths) -> None:
             ranges = [(int(offsets[place]), int(sizes[place])) for place in wanted[uri]]
-            parts = _ranges_of(fs, paths[uri], ranges, mend)
+            parts = _ranges_of(uri, fs, paths[uri], ranges, mend)
             for place, data in zip(wanted[uri], parts, strict=True):
                 found[place] = data
 
@@ -74,35 +69,18 @@ def read_ranges(
 
 
 def _ranges_of(
-    fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]], mend: str
+    uri: str, fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]], mend: str
 ) -> list[bytes]:
     try:
-        parts = _read_patiently(fs, path, ranges)
-    except _GONE as error:
+        parts = storage.attempted(uri, "read", lambda: _read_once(fs, path, ranges))
+    except storage.GoneError as error:
         raise ShardError(
-            f"{path}: cannot be read ({error}); check that it is still there"
-        ) from error
-    except OSError as error:
-        raise storage.StorageError(
-            f"{path} cannot be read: {error}; check the storage, then give the same command again"
+            f"{uri}: cannot be read ({error.__cause__}); check that it is still there"
         ) from error
     for (offset, size), part in zip(ranges, parts, strict=True):
         if len(part) != size:
-            raise ShardError(f"{path}: ends before byte {offset + size:,}; {mend}")
+            raise ShardError(f"{uri}: ends before byte {offset + size:,}; {mend}")
     return parts
-
-
-def _read_patiently(
-    fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]
-) -> list[bytes]:
-    for pause_s in RETRY_PAUSES_S:
-        try:
-            return _read_once(fs, path, ranges)
-        except _GONE:
-            raise
-        except OSError:
-            time.sleep(pause_s)
-    return _read_once(fs, path, ranges)
 
 
 def _read_once(fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -33,6 +33,7 @@ from pcd_ray.data.shard_writer import publish_shards
 from pcd_ray.data.shards import PackedSource, ShardFile
 from pcd_ray.data.sources import list_sources
 from pcd_ray.errors import ShardError
+from pcd_ray.ray_cluster import check_outlives_job
 
 BAD_IMAGES = "bad_images.csv"
 SUMMARY = "summary.json"
@@ -86,6 +87,7 @@ def pack(data: DataConfig, *, seed: int) -> PackResult:
             "both are needed; say what to pack and where to"
         )
     folder = storage.absolute(data.shards)
+    check_outlives_job("data.shards", folder)
     listing = list_sources([source.uri for source in data.sources])
     plan = plan_packing(
         listing, seed=seed, shard_bytes=data.shard_mib * _MIB, max_pixels=data.max_pixels
@@ -119,7 +121,8 @@ def _pack_missing(
     shared = ray.put(plan)
 
     def make(chunk: Batch) -> Batch:
-        record = pack_part(folder, ray.get(shared), missing[int(chunk["id"][0])])
+        part = missing[int(chunk["id"][0])]
+        record = pack_part(folder, ray.get(shared), part, max_decode_s=data.max_decode_s)
         return {"record": np.array([json.dumps(asdict(record))])}
 
     for block in stream_chunks(make, len(missing), data=data, chunks_ahead=1, num_streams=1):

@@ -13,7 +13,7 @@ from pcd_ray.config import DataConfig
 from pcd_ray.data.augment import ViewRecipe, teacher_view_of_bytes
 from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.ray_stream import Batch, Stage
-from pcd_ray.data.ray_views import contents_of, explained, lean_index, view_seed
+from pcd_ray.data.ray_views import contents_of, explained, lean_index, limits_of, view_seed
 
 
 def teacher_views(
@@ -40,7 +40,7 @@ def teacher_views(
         image, and the ``part`` (count,) that they are for.
     """
     images = ray.put(lean_index(index))
-    max_pixels = data.max_pixels
+    limits = limits_of(data)
 
     def views(chunk: Batch) -> Batch:
         part = parts[int(chunk["id"][0])]
@@ -50,9 +50,7 @@ def teacher_views(
         for number, (entry, content) in zip(numbers.tolist(), contents, strict=True):
             keys.append(entry["key"])
             own = view_seed(seed, number, entry)
-            pixels.append(
-                explained(teacher_view_of_bytes, entry, content, recipe, own, max_pixels=max_pixels)
-            )
+            pixels.append(explained(teacher_view_of_bytes, entry, content, recipe, own, **limits))
         return {"view": np.stack(pixels), "key": np.array(keys), "part": np.full(len(rows), part)}
 
     return views

@@ -12,37 +12,15 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pcd_ray.config import AugmentConfig, DataConfig
+from pcd_ray.config import DataConfig
 from pcd_ray.data.augment import ViewRecipe, eval_view, views_of_bytes
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.plan import RankPlan
 from pcd_ray.data.ray_stream import Batch, Stage, stream_chunks
+from pcd_ray.data.recipe import recipe_from as recipe_from  # callers of `view_batches` need it
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.seeds import derive_seed
-
-
-def recipe_from(augment: AugmentConfig, pairing_kind: str) -> ViewRecipe:
-    """Return the recipe of a configuration: two crops for all pairings but ``same_view``."""
-    two_crops = pairing_kind != "same_view"
-    return ViewRecipe(
-        image_size_px=augment.image_size_px,
-        min_scale=augment.min_scale,
-        max_scale=augment.max_scale,
-        flip_prob=augment.flip_prob,
-        jitter_prob=augment.jitter_prob,
-        brightness=augment.brightness,
-        contrast=augment.contrast,
-        saturation=augment.saturation,
-        hue=augment.hue,
-        grey_prob=augment.grey_prob,
-        student_blur_prob=augment.student_blur_prob,
-        teacher_blur_prob=augment.teacher_blur_prob,
-        student_solarize_prob=augment.student_solarize_prob,
-        teacher_solarize_prob=augment.teacher_solarize_prob,
-        two_crops=two_crops,
-        two_colours=two_crops or augment.photometric == "independent",
-    )
 
 
 def view_batches(
@@ -106,9 +84,7 @@ def _views_of_chunk(
         start = int(chunk["id"][0]) * data.images_per_task
         epochs, rows = mine.places(start, min(start + data.images_per_task, mine.num_images))
         numbers = epochs % repeat if repeat else epochs
-        batch = _chunk_views(
-            ray.get(images), numbers, rows, made, seed=seed, max_pixels=data.max_pixels
-        )
+        batch = _chunk_views(ray.get(images), numbers, rows, made, seed=seed, data=data)
         taught = {f"{name}_map": stored.read(numbers, rows) for name, stored in maps.items()}
         return batch | taught | {"row": rows, "epoch": epochs}
 
@@ -177,7 +153,7 @@ def crop_chunks(
         start = int(chunk["id"][0]) * data.images_per_task
         mine = ray.get(order)[start : start + data.images_per_task]
         pixels = [
-            eval_view(explained(decode_rgb, row, content, max_pixels=data.max_pixels), size_px)
+            eval_view(explained(decode_rgb, row, content, **limits_of(data)), size_px)
             for row, content in contents_of(ray.get(images), mine)
         ]
         return {"view": np.stack(pixels), "row": mine}
@@ -220,6 +196,11 @@ def explained(make: Callable[..., Any], entry: dict[str, Any], *args: Any, **kwa
         raise unreadable(entry["key"], entry["uri"], str(error)) from error
 
 
+def limits_of(data: DataConfig) -> dict[str, Any]:
+    """Return what bounds the decoding of one image, as `decode_rgb` calls it."""
+    return {"max_pixels": data.max_pixels, "max_decode_s": data.max_decode_s}
+
+
 def _chunk_views(
     index: pa.Table,
     numbers: np.ndarray[Any, Any],
@@ -227,15 +208,13 @@ def _chunk_views(
     recipe: ViewRecipe,
     *,
     seed: int,
-    max_pixels: int,
+    data: DataConfig,
 ) -> Batch:
     """Return the views of some rows, stacked; ``numbers`` says which view of each."""
     made = []
     for number, (entry, content) in zip(numbers.tolist(), contents_of(index, rows), strict=True):
         own_seed = view_seed(seed, number, entry)
-        made.append(
-            explained(views_of_bytes, entry, content, recipe, own_seed, max_pixels=max_pixels)
-        )
+        made.append(explained(views_of_bytes, entry, content, recipe, own_seed, **limits_of(data)))
     batch = {
         "student_view": np.stack([views.student for views in made]),
         "student_box": np.stack([views.student_box for views in made]),

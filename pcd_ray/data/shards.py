@@ -6,7 +6,6 @@ by its range alone, so that training can shuffle over all images without reading
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pcd_ray import storage
-from pcd_ray.data.image_index import INDEX_SCHEMA
+from pcd_ray.data.image_index import INDEX_SCHEMA, classes_of
 from pcd_ray.data.ranges import read_ranges
 from pcd_ray.errors import ShardError
 
@@ -94,7 +93,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     if not storage.exists(path):
         raise ShardError(f"{uri}: holds no {MANIFEST}, so it is not packed; pack the images first")
     try:
-        manifest = dict(json.loads(storage.read_text(path)))
+        manifest = dict(storage.parse_json(storage.read_text(path)))
         version, names = manifest["format_version"], [s["file"] for s in manifest["shards"]]
     except (ValueError, TypeError, KeyError) as error:
         raise ShardError(f"{path}: is damaged ({error!r}); pack the images again") from error
@@ -166,7 +165,14 @@ def _read_index(uri: str, sha256: str, files: list[str]) -> pa.Table:
     data = storage.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ShardError(f"{uri}: {INDEX} is not what the manifest says; {_AGAIN}")
-    index = pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()
+    try:
+        index = pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()
+        index.validate(full=True)
+        classes_of(index)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise ShardError(f"{path}: is damaged ({error}); {_AGAIN}") from error
+    if not index.schema.equals(SHARD_INDEX_SCHEMA):
+        raise ShardError(f"{path}: has other columns than an index; {_AGAIN}")
     position = index.schema.get_field_index("uri")
     names = pc.unique(index.column("uri"))
     if not set(names.to_pylist()) <= set(files):

@@ -1,8 +1,8 @@
 """Which images a URI holds: a folder tree, a bucket prefix, a list file, or packed shards."""
 
 import csv
+import functools
 import io
-import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -21,6 +21,7 @@ from pcd_ray.data.image_index import (
 from pcd_ray.data.ranges import by_filesystem
 from pcd_ray.data.shards import MANIFEST, open_shards
 from pcd_ray.errors import ShardError, naming
+from pcd_ray.uris import OutsideError
 
 __all__ = ["IMAGE_SUFFIXES", "INDEX_SCHEMA", "is_list", "list_images", "list_sources", "open_index"]
 
@@ -154,7 +155,10 @@ def _parse_list(uri: str) -> list[tuple[str, str]]:
 def _resolve(folder: str, path: str) -> str:
     if "://" in path or path.startswith("/"):
         return storage.absolute(path)
-    return storage.join(folder, os.path.normpath(path))
+    try:
+        return storage.inside(folder, path)
+    except OutsideError as error:
+        raise ShardError(f"{error}, or write the whole path") from error
 
 
 def _numbered(labels: list[str], uri: str) -> tuple[list[int], list[str]]:
@@ -188,7 +192,11 @@ def _file_infos(uris: list[str]) -> list[pafs.FileInfo]:
     """Look files up, a whole bucket in one call."""
     infos: dict[str, pafs.FileInfo] = {}
     for fs, paths in by_filesystem(uris):
-        found = fs.get_file_info(list(paths.values()))
+        found = storage.attempted(
+            next(iter(paths)),
+            "looked up",
+            functools.partial(fs.get_file_info, list(paths.values())),
+        )
         infos.update(zip(paths, found, strict=True))
     return [infos[uri] for uri in uris]
 

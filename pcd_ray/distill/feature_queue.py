@@ -6,6 +6,7 @@ would be negatives at right angles to everything).
 Shapes: K entries, D embedding channels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,10 +57,20 @@ class FeatureQueue:
         self.num_pushed = int(state["num_pushed"])
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Return the (N, D) rows of all ranks in rank order, (R * N, D); N is equal on all ranks."""
+def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    """Return the (N, D) rows of all ranks in rank order; a collective.
+
+    Args:
+        rows: this rank's rows.
+        counts: how many rows each rank has; None: all have as many.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    gathered = rows.new_empty(dist.get_world_size() * len(rows), rows.shape[1])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    counts = counts or [len(rows)] * dist.get_world_size()
+    longest = max(counts)  # what travels is equally long on all ranks
+    gathered = rows.new_empty(len(counts) * longest, rows.shape[1])
+    dist.all_gather_into_tensor(gathered, F.pad(rows, (0, 0, 0, longest - len(rows))).contiguous())
+    if min(counts) == longest:
+        return gathered
+    parts = gathered.split(longest)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

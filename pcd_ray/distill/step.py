@@ -44,20 +44,19 @@ class ViewBatch:
     """(B, D, H, W) of each branch, where they are stored; empty: the teachers make them."""
 
     def split(self, parts: int) -> list["ViewBatch"]:
-        """Cut the batch into equal parts, for gradient accumulation."""
+        """Cut the batch into parts that differ by one image at most, for gradient accumulation."""
         if parts == 1:
             return [self]
-        size = len(self.student) // parts
         shared = self.teacher is self.student
-        maps = [branch.split(size) for branch in self.teacher_maps]
+        maps = [branch.tensor_split(parts) for branch in self.teacher_maps]
         return [
             ViewBatch(s, s if shared else t, sb, tb, tuple(branch[part] for branch in maps))
             for part, (s, t, sb, tb) in enumerate(
                 zip(
-                    self.student.split(size),
-                    self.teacher.split(size),
-                    self.student_box.split(size),
-                    self.teacher_box.split(size),
+                    self.student.tensor_split(parts),
+                    self.teacher.tensor_split(parts),
+                    self.student_box.tensor_split(parts),
+                    self.teacher_box.tensor_split(parts),
                     strict=True,
                 )
             )
@@ -142,7 +141,7 @@ def distill_step(
         branches: the teachers, in the order of the student's heads.
         batch: views and where they were cut; with stored maps no teacher is run.
         num_pairs: for each branch what its loss's sum is divided by where the batch is a part of a
-            larger one, from `pairs_per_part`; None: the batch's own number of pairs.
+            larger one, its part of `total_pairs`; None: the batch's own number of pairs.
 
     Returns:
         The result of each branch, not weighted; `weighted_sum` makes one loss of them.
@@ -231,11 +230,12 @@ def _shares(pairs: Pairs, num_pairs: Tensor | None, *, dtype: torch.dtype) -> Te
     return pairs.weights.flatten().to(dtype) / total
 
 
-def pairs_per_part(batch: ViewBatch, settings: DistillSettings, *, parts: int) -> Tensor | None:
-    """Return the mean number of pairs over the parts of a batch and over ranks; a collective.
+def total_pairs(batch: ViewBatch, settings: DistillSettings) -> Tensor | None:
+    """Return the number of pairs in the batches of all ranks together; a collective.
 
-    Divided by it, the parts' losses have the whole global batch's loss as their mean, however the
-    batch was cut. None: every position has a positive, so that equal parts weigh alike anyway.
+    A part of m of all G images is given m / G of it as its number of pairs: the parts' losses,
+    weighted by their images, then have the whole global batch's loss as their mean, however it was
+    cut. None: every position has a positive, so that images weigh alike anyway.
     """
     if settings.pairing != "cross_view_geometric":
         return None
@@ -248,10 +248,9 @@ def pairs_per_part(batch: ViewBatch, settings: DistillSettings, *, parts: int) -
         radius=settings.pairing_radius,
     )
     assert pairs.weights is not None
-    count = pairs.weights.sum() / parts
+    count = pairs.weights.sum(dtype=torch.float64)  # exact, also after it is shared out
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
-        count /= dist.get_world_size()
     return count
 
 

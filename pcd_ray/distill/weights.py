@@ -215,7 +215,10 @@ def _what_else(data: bytes) -> str:
     if data.startswith(b"PK"):
         if not zipfile.is_zipfile(io.BytesIO(data)):
             return f"is truncated at {len(data):,} bytes; {again}"
-        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+        try:
+            names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError):
+            names = []
         if any(name.endswith("/constants.pkl") for name in names):
             return (
                 "is a TorchScript program, which is not run here; save its state dict alone, or "

@@ -35,7 +35,7 @@ def open_detection_set(config: Config) -> DetectionData:
             "eval.detect.data is empty; give a folder with images/, instances_train.json and "
             "instances_val.json, or COCO 2017 as it is downloaded"
         )
-    check_batch("eval.detect.global_batch_size", detect.global_batch_size, config.train.num_workers)
+    check_batch("eval.detect.global_batch_size", detect.global_batch_size, config.train.min_workers)
     with naming("eval.detect.data"):
         data = open_detection(detect.data, masks=detect.masks)
     images = [*data.train.images, *data.val.images]
@@ -67,7 +67,7 @@ def detect_facts(data: DetectionData, config: Config, device: str) -> dict[str, 
         **views,
         "box_head": detect.box_head,
         "rois_per_image": detect.rois_per_image,
-        **settings.facts(num_workers=config.train.num_workers, device=device),
+        **settings.facts(num_workers=config.train.min_workers, device=device),
     }
 
 

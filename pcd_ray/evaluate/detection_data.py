@@ -10,7 +10,6 @@ Shapes: N annotations of an image, crowds included.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.errors import ShardError
 from pcd_ray.evaluate.detection_annotations import Annotation, annotation_of
 from pcd_ray.evaluate.detection_masks import Segmentation, damaged
+from pcd_ray.uris import OutsideError
 
 SPLITS = ("train", "val")
 
@@ -174,8 +174,8 @@ def _places(uri: str) -> dict[str, tuple[str, str]]:
 
 def _record(file: str, text: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
+        record = storage.parse_json(text)
+    except ValueError as error:
         raise ShardError(f"{file}: is no json ({error}); write it again") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(record, dict) or not isinstance(record.get(key), list):
@@ -246,9 +246,11 @@ def _image_uris(file: str, folder: str, images: Sequence[Mapping[str, Any]]) -> 
     if not images:
         raise ShardError(f"{file}: 'images' is empty; list the images")
     there = {stored.uri for stored in storage.list_files(folder)}
-    base, query = storage.split_query(folder)
-    start = storage.absolute(base)
-    uris = {item["id"]: f"{start}/{item.get('file_name')}{query}" for item in images}
+    place = storage.absolute(folder)
+    try:
+        uris = {item["id"]: storage.inside(place, item.get("file_name")) for item in images}
+    except OutsideError as error:
+        raise ShardError(f"{file}: file_name {error}") from error
     absent = [uri for uri in uris.values() if uri not in there]
     if absent:
         raise ShardError(

@@ -171,7 +171,7 @@ def read_features(uri: str) -> LabelledFeatures:
         raise ShardError(f"{uri}: holds no readable {MANIFEST}; give the same command again")
     tables = []
     for part in stored["parts"]:
-        path = storage.join(uri, part.file)
+        path = storage.inside(uri, part.file)
         if not storage.exists(path):
             raise ShardError(f"{path} is missing; give the same command again")
         data = storage.read_bytes(path)
@@ -195,7 +195,7 @@ def _record(name: str, images: int, data: bytes) -> StoredPart:
 def _manifest(uri: str) -> dict[str, Any] | None:
     """Return a folder's manifest; None: absent, damaged or of another format."""
     try:
-        stored = dict(json.loads(storage.read_text(storage.join(uri, MANIFEST))))
+        stored = dict(storage.parse_json(storage.read_text(storage.join(uri, MANIFEST))))
         if stored["format_version"] != FORMAT_VERSION:
             return None
         return {**stored, "parts": [StoredPart(**part) for part in stored["parts"]]}

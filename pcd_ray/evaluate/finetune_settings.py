@@ -65,7 +65,7 @@ class FinetuneSettings:
 
 
 def check_batch(option: str, global_batch_size: int, num_workers: int) -> None:
-    """Refuse a batch that does not split over the workers.
+    """Refuse a batch that does not split over the workers, which are not elastic here.
 
     Raises:
         ConfigError: it does not; the values next to it do.

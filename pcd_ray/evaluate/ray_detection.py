@@ -99,7 +99,7 @@ def _trained(
         task,
         finetune_settings(config.eval.detect, device=device, seed=seed),
         place=place,
-        num_workers=config.train.num_workers,
+        num_workers=config.train.min_workers,
         device=device,
         config=config,
     )

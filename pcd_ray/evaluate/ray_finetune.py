@@ -39,6 +39,7 @@ from pcd_ray.evaluate.finetune import (
 from pcd_ray.evaluate.finetune_log import FinetuneLog
 from pcd_ray.evaluate.finetune_settings import FinetuneSettings
 from pcd_ray.evaluate.judging import Place
+from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_events import Event, EventSender
 from pcd_ray.ray_fit import fit, until_it_cannot
 from pcd_ray.ray_placement import share_of_workers, wait_for_workers
@@ -78,7 +79,7 @@ def finetune(
         num_workers: Ray Train workers, one GPU each on cuda.
         device: ``cpu`` or ``cuda``.
         config: of the evaluation; ``train.cpus_per_worker``, ``threads_per_worker`` and
-            ``max_failures`` are used, and it is stored with the checkpoints.
+            ``max_failures`` and the like are used, and it is stored with the checkpoints.
 
     Raises:
         PcdError: what a user can mend; checkpoints stay.
@@ -125,8 +126,8 @@ def _fit(  # noqa: PLR0913 - what, how and where
         },
         folder=folder,
         share=share,
+        settings=config.train,
         num_workers=num_workers,
-        max_failures=config.train.max_failures,
         on_event=functools.partial(_note, log),
     )
 
@@ -228,7 +229,7 @@ def _write(
     shutil.rmtree(placeholder.path, ignore_errors=True)
     save_checkpoint(uri, state, {"step": state["step"]}, config)
     prune_checkpoints(
-        folder, written=state["step"], keep=config.train.keep_checkpoints, damaged=damaged
+        folder, written=state["step"], keep_last=config.train.keep_last, damaged=damaged
     )
-    filesystem, path = storage.filesystem(uri)
+    filesystem, path = patient_filesystem(uri)
     return RayCheckpoint(path, filesystem=filesystem)

@@ -20,7 +20,7 @@ def _open_for_segment(config: Config) -> SegmentSet:
     segment = config.eval.segment
     if segment.method == "fcn":
         check_batch(
-            "eval.segment.global_batch_size", segment.global_batch_size, config.train.num_workers
+            "eval.segment.global_batch_size", segment.global_batch_size, config.train.min_workers
         )
     return open_segment_set(config)
 

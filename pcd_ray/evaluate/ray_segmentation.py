@@ -104,7 +104,7 @@ class _Job:
     def finetuned(self) -> tuple[_Found, dict[str, Any]]:
         """Fine-tune an FCN on the workers and predict in as many tasks."""
         data, segment = self.opened.data, self.config.eval.segment
-        workers = self.config.train.num_workers
+        workers = self.config.train.min_workers
         share = self._share(workers)
         task = fcn_task(self.network, data, segment, seed=self.seed)
         settings = finetune_settings(segment, task.num_images, seed=self.seed)

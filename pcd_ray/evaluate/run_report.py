@@ -127,8 +127,12 @@ def _lead(config: Config, summary: Mapping[str, Any]) -> str:
         f"learned from {teachers} on "
         f"{plan['images']:,} unlabelled images in {summary['step']:,} steps of "
         f"{plan['global_batch_size']}, {summary['training_s'] / 60:.1f} minutes on "
-        f"{plan['num_workers']} {plan['device']} worker(s)."
+        f"{_workers(plan['num_workers'])} {plan['device']} worker(s)."
     )
+
+
+def _workers(number: int | Sequence[int]) -> str:
+    return f"{number}" if isinstance(number, int) else " to ".join(map(str, number))
 
 
 def _notes(config: Config, summary: Mapping[str, Any]) -> list[str]:

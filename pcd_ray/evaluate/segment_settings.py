@@ -29,7 +29,7 @@ def segment_facts(opened: SegmentSet, config: Config, device: str) -> dict[str, 
         return {**facts, "steps": segment.probe_steps}
     crops = {k: v for k, v in asdict(fcn_settings(segment, data, seed=0)).items() if k != "seed"}
     settings = finetune_settings(segment, len(data.names("train")), seed=0)
-    training = settings.facts(num_workers=config.train.num_workers, device=device)
+    training = settings.facts(num_workers=config.train.min_workers, device=device)
     return {**facts, **crops, **windows_of(segment), **training}
 
 

@@ -8,7 +8,6 @@
 Shapes: B images, L classes, H x W pixels of the network's input, Y x X pixels of the mask.
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pcd_ray import storage
+from pcd_ray.data.decode import open_image
 from pcd_ray.errors import ShardError
 
 VOID = 255
@@ -213,10 +213,11 @@ def files_by_id(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str
 
 
 def _decoded(uri: str) -> Image.Image:
+    data = storage.read_bytes(uri)
     try:
-        image = Image.open(io.BytesIO(storage.read_bytes(uri)))
+        image = open_image(data, max_pixels=2 * (Image.MAX_IMAGE_PIXELS or 0))
         image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PNG: SyntaxError
+    except Exception as error:  # Pillow's parsers let any kind of error through on damaged bytes
         raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
     return image
 

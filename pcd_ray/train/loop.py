@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcd_ray import metric_names as names
-from pcd_ray.data.plan import SeenAudit
+from pcd_ray.data.plan import SeenAudit, rank_sizes
 from pcd_ray.distill.diagnostics import diagnose_branches
 from pcd_ray.distill.feature_queue import gather_rows
 from pcd_ray.distill.step import (
@@ -27,7 +27,7 @@ from pcd_ray.distill.step import (
     StepResult,
     ViewBatch,
     distill_step,
-    pairs_per_part,
+    total_pairs,
     weighted_sum,
 )
 from pcd_ray.distill.student import Student
@@ -52,6 +52,7 @@ class LoopSettings:
     images_per_epoch: int
     global_batch_size: int
     accumulation_steps: int
+    """Forward and backward passes per optimiser step, as many on every rank."""
     clip_grad_norm: float
     log_every_steps: int
     seed: int
@@ -162,7 +163,8 @@ def train_steps(
         clock.add({name: watched.pop(name) for name in _loss_names(state.branches)})
         metrics = None
         if logs:
-            metrics = logged_metrics(watched, clock) | {
+            weight = len(host["row"]) * _num_ranks() / settings.global_batch_size
+            metrics = logged_metrics(watched, clock, weight=weight) | {
                 names.LEARNING_RATE: learning_rate,
                 names.PEAK_GIB: peak_gib(device),
             }
@@ -179,45 +181,63 @@ def train_step(
     """Update the student, then the queues.
 
     Returns:
-        The loss, and each branch's own where there are several, detached and still on the device,
-        and what `diagnose_branches` says when ``watch``.
+        Means over this rank's images, detached and still on the device: the loss, and each branch's
+        own where there are several; when ``watch`` also what `diagnose_branches` says.
 
     Raises:
         TrainingError: the loss is not finite on some rank; nothing was updated.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    parts = views.split(settings.accumulation_steps)
     branches = state.branches
-    num_pairs = [pairs_per_part(views, b.settings, parts=len(parts)) for b in branches]
-    results: list[list[StepResult]] = []  # of each part, of each branch
-    losses: list[Tensor] = []
-    for index, part in enumerate(parts):
-        last = index == len(parts) - 1
-        # gradients are averaged over ranks with the last part, as its forward pass announces
-        with _no_sync(state.student, not last):
-            results.append(distill_step(state.student, branches, part, num_pairs=num_pairs))
-            loss = weighted_sum([result.loss for result in results[-1]], branches)
-            losses.append(loss.detach())
-            verdict = _FiniteVerdict(losses) if last else None  # travels meanwhile
-            (loss / len(parts)).backward()
-    assert verdict is not None
-    verdict.check(state.step, state.optimizer.param_groups[0]["lr"])
-    own = [torch.stack([r.loss.detach() for r in each]) for each in zip(*results, strict=True)]
-    means = [values.mean() for values in (torch.stack(losses), *own)]
-    watched = dict(zip(_loss_names(branches), means, strict=False))
+    results = _passes(state, views, settings)
+    own = [
+        torch.stack([r.loss.detach() * (len(r.keys) / len(views.student)) for r in each]).sum()
+        for each in zip(*results, strict=True)
+    ]
+    watched = dict(zip(_loss_names(branches), (weighted_sum(own, branches), *own), strict=False))
     if watch:
         watched |= diagnose_branches(results[-1], branches)
         watched[names.GRAD_NORM] = _gradient_norm(state.student)
     if settings.clip_grad_norm:
         nn.utils.clip_grad_norm_(state.student.parameters(), settings.clip_grad_norm)
     state.optimizer.step()
+    sizes = rank_sizes(_num_ranks(), settings.global_batch_size)
     for branch, each in zip(branches, zip(*results, strict=True), strict=True):
         if branch.queue is not None:
-            branch.queue.push(gather_rows(torch.cat([result.keys for result in each])))
+            branch.queue.push(gather_rows(torch.cat([result.keys for result in each]), sizes))
     state.step += 1
     if state.average is not None:
         state.average.update(unwrapped(state.student), step=state.step)
     return watched
+
+
+def _passes(state: TrainState, views: ViewBatch, settings: LoopSettings) -> list[list[StepResult]]:
+    """Run a rank's batch forward and backward in parts; return what each part, each branch gave.
+
+    Gradients become those of the mean over all images of the global batch, however many a rank or
+    a part has: a part of m of G images weighs m * R / G, and gradients are averaged over R ranks.
+
+    Raises:
+        TrainingError: the loss is not finite on some rank.
+    """
+    branches, batch_size = state.branches, settings.global_batch_size
+    parts = views.split(settings.accumulation_steps)
+    totals = [total_pairs(views, branch.settings) for branch in branches]
+    results: list[list[StepResult]] = []
+    losses: list[Tensor] = []
+    for index, part in enumerate(parts):
+        last, size = index == len(parts) - 1, len(part.student)
+        num_pairs = [None if t is None else t * (size / batch_size) for t in totals]
+        # gradients are averaged over ranks with the last part, as its forward pass announces
+        with _no_sync(state.student, not last):
+            results.append(distill_step(state.student, branches, part, num_pairs=num_pairs))
+            loss = weighted_sum([result.loss for result in results[-1]], branches)
+            losses.append(loss.detach())
+            verdict = _FiniteVerdict(losses) if last else None  # travels meanwhile
+            (loss * (size * _num_ranks() / batch_size)).backward()
+    assert verdict is not None
+    verdict.check(state.step, state.optimizer.param_groups[0]["lr"])
+    return results
 
 
 def views_of(host: HostBatch, device: torch.device) -> ViewBatch:
@@ -287,9 +307,17 @@ def average_batchnorm(student: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-def logged_metrics(watched: Mapping[str, Tensor], clock: "_Clock") -> dict[str, float]:
-    """Return what a logging step shows under public names, averaged over ranks; a collective."""
-    means = mean_over_ranks({**watched, **clock.means()})
+def logged_metrics(
+    watched: Mapping[str, Tensor], clock: "_Clock", *, weight: float = 1.0
+) -> dict[str, float]:
+    """Return what a logging step shows under public names, averaged over ranks; a collective.
+
+    Args:
+        watched: what was seen of this rank's images.
+        clock: where its time went.
+        weight: this rank's images, as a share of the mean over ranks.
+    """
+    means = mean_over_ranks({**watched, **clock.means()}, weight=weight)
     means[names.DATA_WAIT] = 100 * means[names.DATA_WAIT_S] / means[names.STEP_S]
     means[names.IMAGES_PER_S] = clock.global_batch_size / means[names.STEP_S]
     return means
@@ -428,3 +456,7 @@ def _without_params(group: dict[str, Any]) -> dict[str, Any]:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

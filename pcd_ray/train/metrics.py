@@ -11,9 +11,14 @@ from pcd_ray import metric_names as names
 _NEARLY_CONSTANT = 0.05  # mean distance of unit vectors from their mean; 1 in all directions
 
 
-def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Average scalars over ranks; the only host synchronisation of a logging step."""
-    stacked = torch.stack([value.detach().float() for value in values.values()])
+def mean_over_ranks(values: Mapping[str, Tensor], *, weight: float = 1.0) -> dict[str, float]:
+    """Average scalars over ranks; the only host synchronisation of a logging step.
+
+    Args:
+        values: this rank's.
+        weight: of this rank; the mean over ranks is 1.
+    """
+    stacked = torch.stack([value.detach().float() for value in values.values()]) * weight
     if dist.is_initialized():
         dist.all_reduce(stacked)
         stacked /= dist.get_world_size()

@@ -25,7 +25,7 @@ from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
-from pcd_ray.ray_cluster import WorkerShare
+from pcd_ray.ray_cluster import WorkerShare, check_outlives_job
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
 from pcd_ray.ray_placement import note_on_nodes, share_of_workers, wait_for_workers
@@ -57,12 +57,18 @@ class TrainResult:
         return {"path": self.path, "checkpoint": self.checkpoint, **self.metrics}
 
 
-def train(config: Config, *, listener: Callable[[Event], None] | None = None) -> TrainResult:
+def train(
+    config: Config,
+    *,
+    listener: Callable[[Event], None] | None = None,
+    build: Callable[..., int] = build_caches,
+) -> TrainResult:
     """Train a student, or go on with the run of this name where it stopped.
 
     Args:
         config: the run.
         listener: is told what the workers tell, on a thread of its own, e.g. by a sweep.
+        build: what computes teachers' maps that are not stored, as `build_caches` does.
 
     Returns:
         The finished run, judged, with its report written.
@@ -71,17 +77,18 @@ def train(config: Config, *, listener: Callable[[Event], None] | None = None) ->
         PcdError: what a user can mend; whatever was stored stays. A run that is finished but could
             not be judged in full has its summary and report all the same.
     """
-    config = _with_absolute_places(config)
+    config = with_absolute_places(config)
     folder = RunFolder.of(config)
     found = _checked(config, folder)
     _prepare_folder(config, folder)
     log = RunLog(folder, total_steps=found.plan.steps)
     try:
+        log.say(f"plan: {found.plan.headline}; {found.steps_done:,} steps are done")
         if found.steps_done < found.plan.steps:
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
             wait_for_workers(config, found.share, say=log.say)
-            build_caches(config, found.shards, share=found.share, say=log.say)
+            build(config, found.shards, share=found.share, say=log.say)
             _fit(config, folder, found.share, log, listener)
     finally:
         log.close()
@@ -103,11 +110,11 @@ def dry_run(config: Config) -> RunPlan:
     Raises:
         PcdError: what would stop the run.
     """
-    config = _with_absolute_places(config)
+    config = with_absolute_places(config)
     return _checked(config, RunFolder.of(config)).plan
 
 
-def _with_absolute_places(config: Config) -> Config:
+def with_absolute_places(config: Config) -> Config:
     """Return the configuration with paths that mean the same in a worker's own folder."""
 
     def absolute(section: Any, *options: str) -> Any:
@@ -146,6 +153,7 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     shards = open_shards(config.data.shards)
     open_knn_images(config)
     open_probe(config)
+    check_outlives_job("run.root", config.run.root)
     storage.check_writable(folder.uri)
     stored = latest_checkpoint(folder)
     guarded = None if config.run.allow_changes else stored
@@ -226,16 +234,17 @@ def _fit(
     listener: Callable[[Event], None] | None,
 ) -> None:
     """Train on the workers, passing on what they tell."""
+    said: dict[str, Callable[[Event], None]] = {
+        "metrics": lambda event: log.metrics(event.step, event.epoch, event.values),
+        "resumed": lambda event: log.resume_at(event.step),
+        "checkpoint": lambda _: log.save(),
+        "lost": lambda event: log.lost(event.text),
+        "say": lambda event: log.say(event.text),
+    }
 
     def on_event(event: Event) -> None:
-        if event.kind == "metrics":
-            log.metrics(event.step, event.epoch, event.values)
-        elif event.kind == "resumed":
-            log.resume_at(event.step)
-        elif event.kind == "checkpoint":
-            log.save()
-        elif event.kind == "say":
-            log.say(event.text)
+        if event.kind in said:
+            said[event.kind](event)
         if listener is not None:
             listener(event)
 
@@ -244,8 +253,8 @@ def _fit(
         {"config": config_to_values(config)},
         folder=folder,
         share=share,
+        settings=config.train,
         num_workers=config.train.num_workers,
-        max_failures=config.train.max_failures,
         on_event=on_event,
     )
 

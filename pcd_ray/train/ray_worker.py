@@ -50,6 +50,7 @@ from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.evaluate.segmentation import linear_probe_miou
 from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
+from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
@@ -65,6 +66,8 @@ from pcd_ray.train.loop import (
 )
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
 from pcd_ray.train.ray_heads import fit_head, fitting_line
+from pcd_ray.train.ray_preemption import PreemptionNotices
+from pcd_ray.train.run_plan import elastic_line, passes_of
 from pcd_ray.train.teacher_cache import cache_of
 
 
@@ -112,13 +115,19 @@ class _Run:
             self.events.say(f"note: kNN: {line}")
         self.state = self._new_state()
         self._reported_step = -1
+        self._notices = PreemptionNotices()
+        self._timed_step = 0  # up to here, this time went by since the last checkpoint
+        self._unsaved_s = 0.0
         self._last_scores: dict[str, float] = {}
+        self._scored_step = -1
         self._passed_over: tuple[str, ...] = ()
 
     def train(self) -> None:
         """Restore, train, evaluate and checkpoint until the last step."""
         self.events.reserved(current_reservation(self._mailbox))
         self._restore()
+        if self.config.train.min_workers < self.config.train.max_workers:
+            self.events.say(elastic_line(self.config.train, self.place.num_ranks))
         self._measure_references()
         self.events.resumed(self.state.step)
         batches = self._batches()
@@ -134,11 +143,25 @@ class _Run:
         epoch = done.step * self.config.train.global_batch_size / self.plan.images_per_epoch
         if done.metrics is not None:
             self.events.metrics(done.step, epoch, done.metrics)
-        every = self.config.train.checkpoint_every_steps
+            self._notices.pace(done.metrics[names.STEP_S])
+        due = self._checkpoint_is_due(done)
         if done.epoch_ended is not None:
             self._after_epoch(done, epoch)
-        elif every and done.step % every == 0:
+        elif due:
             self._checkpoint(done.metrics)
+        if notice := self._notices.new(done.step):
+            self.events.say(f"warning: {notice}; step {done.step} is stored before that")
+            if self._reported_step != done.step:
+                self._checkpoint(done.metrics)
+
+    def _checkpoint_is_due(self, done: StepDone) -> bool:
+        """Say whether one is due between epochs; times are means over ranks, so that all agree."""
+        if done.metrics is not None:
+            self._unsaved_s += done.metrics[names.STEP_S] * (done.step - self._timed_step)
+            self._timed_step = done.step
+        minutes = self.config.train.checkpoint_every_minutes
+        every = self.config.train.checkpoint_every_steps
+        return (0 < 60 * minutes <= self._unsaved_s) or (every > 0 and done.step % every == 0)
 
     def _after_epoch(self, done: StepDone, epoch: float) -> None:
         assert done.epoch_ended is not None
@@ -146,6 +169,7 @@ class _Run:
         scores = self._scores_of_epoch(ended)
         if scores:
             self._last_scores |= scores
+            self._scored_step = done.step
             self.events.metrics(done.step, epoch, scores)
         self._checkpoint(done.metrics)
         verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
@@ -201,7 +225,7 @@ class _Run:
             ),
             images_per_epoch=self.plan.images_per_epoch,
             global_batch_size=batch,
-            accumulation_steps=config.train.accumulation_steps,
+            accumulation_steps=passes_of(config.train, self.place.num_ranks),
             clip_grad_norm=config.optim.clip_grad_norm,
             log_every_steps=config.train.log_every_steps,
             seed=config.run.seed,
@@ -266,7 +290,7 @@ class _Run:
                 f"{uri} does not fit the networks or optimiser of these settings "
                 f"({str(error).splitlines()[0]}); set them back, or choose another run.name"
             ) from error
-        self._reported_step = self.state.step
+        self._reported_step = self._timed_step = self.state.step
         self._last_scores = {
             name: stored.about["metrics"][name]
             for name in (names.KNN_TOP1, names.KNN1_TOP1, names.SEGMENTATION_MIOU)
@@ -360,6 +384,7 @@ class _Run:
             checkpoint_upload_fn=upload,
         )
         self._reported_step = self.state.step
+        self._unsaved_s = 0.0
 
     def _about(self, metrics: dict[str, Any]) -> dict[str, Any]:
         method = self.method
@@ -379,6 +404,7 @@ class _Run:
             },
             "data_sha256": self.shards.content_hash,
             "metrics": metrics,
+            "scored": self._scored_step == self.state.step,
             "version": __version__,
         }
 
@@ -404,9 +430,13 @@ def _write(  # noqa: PLR0913 - what to write, and what Ray adds
     shutil.rmtree(placeholder.path, ignore_errors=True)
     save_checkpoint(uri, state, about, config)
     prune_checkpoints(
-        folder, written=about["step"], keep=config.train.keep_checkpoints, damaged=passed_over
+        folder,
+        written=about["step"],
+        keep_last=config.train.keep_last,
+        keep_best=(config.train.keep_best, names.SCORES[config.train.keep_best_by]),
+        damaged=passed_over,
     )
-    filesystem, path = storage.filesystem(uri)
+    filesystem, path = patient_filesystem(uri)
     return RayCheckpoint(path, filesystem=filesystem)
 
 

@@ -37,11 +37,15 @@ class RunLog:
         self._warned: set[str] = set()
         self._first: tuple[int, float] | None = None  # step and time of this sitting's first line
         self._last_upload_s = time.monotonic()
+        self._lost_s: float | None = None  # since when there are no workers
         self.history = _read_history(folder)
         """Lines of metrics so far, one mapping each."""
 
     def resume_at(self, step: int) -> None:
-        """Forget what was measured after a step."""
+        """Forget what was measured after a step, and say how long workers were gone."""
+        if self._lost_s is not None:
+            self.say(f"training again {time.monotonic() - self._lost_s:.0f} s after the loss")
+            self._lost_s = None
         self._events.close()
         self._events = SummaryWriter(str(self._local), purge_step=step + 1)
         self.history = [line for line in self.history if line["step"] <= step]
@@ -60,6 +64,12 @@ class RunLog:
                     self.say(f"note: {warning}")
         if time.monotonic() - self._last_upload_s > _UPLOAD_EVERY_S:
             self.save()
+
+    def lost(self, text: str) -> None:
+        """Say, once, that workers were lost."""
+        if self._lost_s is None:
+            self._lost_s = time.monotonic()
+            self.say(f"warning: {text}")
 
     def say(self, text: str) -> None:
         """Print a line of text, above the progress line if there is one."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
-from pcd_ray.config import Config
+from pcd_ray.config import Config, DataConfig, TrainConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
-from pcd_ray.data.plan import EpochPlan
+from pcd_ray.data.plan import EpochPlan, rank_sizes
 from pcd_ray.data.shards import Shards, read_image_bytes
 from pcd_ray.distill.backbones import map_shape
 from pcd_ray.distill.build import (
@@ -32,10 +32,17 @@ from pcd_ray.distill.step import Branch
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.eval_sets import look_through, open_probe
 from pcd_ray.train.optim import peak_learning_rate
+from pcd_ray.train.run_scale import (
+    OPTIMIZER_COPIES,
+    machines_of,
+    map_numbers,
+    trained_weights,
+    workload_of,
+)
+from pcd_ray.train.scale import scale_of
 from pcd_ray.train.teacher_cache import cache_of
 
 _SAMPLE_IMAGES = 8
-_OPTIMIZER_COPIES = {"lars": 1, "adamw": 2}  # of the weights, beside weights and gradients
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +56,11 @@ class RunPlan:
     steps_per_epoch: float
     global_batch_size: int
     batch_size_per_worker: int
-    num_workers: int
+    """Images of a worker per optimiser step; the most, with the fewest workers."""
+    images_per_pass: int
+    """Most images that a worker takes forward and backward at once."""
+    num_workers: int | tuple[int, int]
+    """Of an elastic run the fewest and the most."""
     device: str
     peak_learning_rate: float
     final_learning_rate: float
@@ -86,6 +97,19 @@ class RunPlan:
     memory_gib_per_worker: float
     """Estimate: weights, gradients, optimiser, queues, the student's activations, views, maps, and
     the pixels that the loss compares."""
+    scale: dict[str, Any]
+    """What the run asks of the machines of section ``scale``: see `pcd_ray.train.scale.Scale`; the
+    CPU time per image is given, or measured on a sample, and the rest of ``assumed`` is assumed."""
+
+    @property
+    def headline(self) -> str:
+        """The plan in a line."""
+        asked = self.num_workers
+        workers = f"{asked[0]} to {asked[1]}" if isinstance(asked, tuple) else asked
+        return (
+            f"{self.steps:,} steps of {self.global_batch_size:,} images, {self.epochs} epochs of "
+            f"{self.images_per_epoch:,}, on {workers} {self.device} workers"
+        )
 
     @property
     def identities(self) -> dict[str, dict[str, Any]]:
@@ -112,7 +136,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
     Raises:
         PcdError: anything that would stop the run later.
     """
-    _check_sample(shards, config.data.max_pixels)
+    sample = _checked_sample(shards, config.data)
     eval_read = look_through(config)
     teachers, still_to_fit = [], set()
     caches: dict[str, dict[str, Any]] = {}
@@ -148,6 +172,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         device=device,
         eval_read=eval_read,
         notes=notes,
+        sample=sample,
     )
 
 
@@ -161,6 +186,7 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
     device: str,
     eval_read: dict[str, str],
     notes: dict[str, str],
+    sample: list[bytes],
 ) -> RunPlan:
     plan = EpochPlan(shards.plan_sources, config.run.seed)
     batch = config.train.global_batch_size
@@ -187,6 +213,7 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
         steps_per_epoch=round(per_epoch, 2),
         global_batch_size=batch,
         batch_size_per_worker=config.train.batch_size_per_worker,
+        images_per_pass=images_per_pass(config.train),
         num_workers=config.train.num_workers,
         device=device,
         peak_learning_rate=peak,
@@ -199,12 +226,22 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
         teacher=identities[0],
         teacher_2=identities[1] | weights[1] | others[0] if others else None,
         student_map=method.student_map,
-        student_parameters=_trained_parameters(method.student),
+        student_parameters=trained_weights(method.student),
         backbone_parameters=_parameters(method.student.backbone),
         eval_read=eval_read,
-        notes=notes | _notes(config, steps=steps),
+        notes=notes
+        | _queue_note(config, steps=steps)
+        | precision_note(config.train.precision, device, torch.backends.cpu.get_cpu_capability()),
         memory_gib_per_worker=round(_memory_gib(config, method), 2),
+        scale=_scale(config, shards, method, sample),
     )
+
+
+def _scale(config: Config, shards: Shards, method: Method, sample: list[bytes]) -> dict[str, Any]:
+    """Return what the run asks of machines, and what was assumed of them."""
+    machines = machines_of(config, sample)
+    asked = scale_of(workload_of(config, shards, method), machines).summary()
+    return {"assumed": asdict(machines), **asked}
 
 
 def _facts(config: Config, method: Method, branch: Branch, device: str) -> dict[str, Any]:
@@ -231,8 +268,24 @@ def _queue_fill_steps(config: Config) -> int:
     return math.ceil(config.loss.queue_size / config.train.global_batch_size)
 
 
-def _notes(config: Config, *, steps: int) -> dict[str, str]:
-    """Return what is odd about a run of so many steps, but does not stop it."""
+def precision_note(precision: str, device: str, capability: str) -> dict[str, str]:
+    """Say that this machine computes bfloat16 in software, if it does.
+
+    Args:
+        precision: ``train.precision``.
+        device: ``cpu`` or ``cuda``.
+        capability: torch's name for the widest instructions of this machine's CPU.
+    """
+    if (precision, device) != ("bf16", "cpu") or capability != "AVX2":
+        return {}
+    return {
+        "train.precision": "a CPU without AVX-512, as this one, computes bf16 in software, several "
+        "times slower than numbers of 32 bits: use train.precision=fp32"
+    }
+
+
+def _queue_note(config: Config, *, steps: int) -> dict[str, str]:
+    """Say that a run of so many steps cannot fill its queue, if so."""
     needed = _queue_fill_steps(config)
     if needed <= steps:
         return {}
@@ -241,6 +294,32 @@ def _notes(config: Config, *, steps: int) -> dict[str, str]:
         "loss.queue_size": f"the queue of {config.loss.queue_size:,} needs {needed:,} steps to "
         f"fill, the run has {steps:,}; what is not filled stays random: use at most {most}"
     }
+
+
+def images_per_pass(train: TrainConfig) -> int:
+    """Return the most images that a worker takes at once, however many workers there are."""
+    return train.global_batch_size // (train.max_workers * train.accumulation_steps)
+
+
+def passes_of(train: TrainConfig, num_workers: int) -> int:
+    """Return how many parts so many workers cut their images of an optimiser step into.
+
+    As many on every worker, so that what they do together meets. Where a pass holds one image and
+    the batch does not split, the workers with one more take two in a pass.
+    """
+    sizes = rank_sizes(num_workers, train.global_batch_size)
+    return min(-(-max(sizes) // images_per_pass(train)), min(sizes))
+
+
+def elastic_line(train: TrainConfig, num_workers: int) -> str:
+    """Say how an elastic run keeps its global batch with so many workers."""
+    sizes = sorted(set(rank_sizes(num_workers, train.global_batch_size)))
+    passes = passes_of(train, num_workers)
+    return (
+        f"{num_workers} of {train.min_workers} to {train.max_workers} workers: the global batch of "
+        f"{train.global_batch_size} is kept as {' or '.join(map(str, sizes))} images each in "
+        f"{passes} pass{'es' if passes > 1 else ''}; the learning rate stays"
+    )
 
 
 def activation_bytes(network: nn.Module, image_size_px: int) -> int:
@@ -294,7 +373,8 @@ def _check_eval_sizes(config: Config, method: Method) -> None:
             map_shape(network, height, width, option="eval.segmentation_size_px")
 
 
-def _check_sample(shards: Shards, max_pixels: int) -> None:
+def _checked_sample(shards: Shards, data: DataConfig) -> list[bytes]:
+    """Return the encoded bytes of a few images that can be decoded."""
     sample = shards.index.slice(0, _SAMPLE_IMAGES).to_pylist()
     contents = read_image_bytes(
         [entry["uri"] for entry in sample],
@@ -303,23 +383,20 @@ def _check_sample(shards: Shards, max_pixels: int) -> None:
     )
     for entry, content in zip(sample, contents, strict=True):
         try:
-            decode_rgb(content, max_pixels=max_pixels)
+            decode_rgb(content, max_pixels=data.max_pixels, max_decode_s=data.max_decode_s)
         except UnreadableImage as error:
             raise unreadable(entry["key"], entry["uri"], str(error)) from error
+    return contents
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _trained_parameters(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-
-
 def _memory_gib(config: Config, method: Method) -> float:
-    images = config.train.batch_size_per_worker // config.train.accumulation_steps
+    images = images_per_pass(config.train)
     size = config.augment.image_size_px
-    copies = 2 + _OPTIMIZER_COPIES[config.optim.name]  # weights and gradients
+    copies = 2 + OPTIMIZER_COPIES[config.optim.name]  # weights and gradients
     copies += bool(config.student.ema)
     teachers = sum(_parameters(branch.teacher) for branch in method.branches)
     weights = 4 * (copies * _parameters(method.student) + teachers)
@@ -330,15 +407,9 @@ def _memory_gib(config: Config, method: Method) -> float:
     views = 2 * config.train.batch_size_per_worker * size * size * 3 * 4
     maps = 0
     if config.teacher.cache.views:  # in float16
-        maps = 2 * config.train.batch_size_per_worker * sum(map(_map_numbers, method.branches))
+        maps = 2 * config.train.batch_size_per_worker * sum(map(map_numbers, method.branches))
     pixels = 2 * 4 * images * sum(map(_compared_numbers, method.branches))  # the student's, theirs
     return (weights + activations + queues + views + maps + pixels) / 2**30
-
-
-def _map_numbers(branch: Branch) -> int:
-    """Return D * H * W of a teacher's adapted map."""
-    channels, height, width = branch.teacher_map
-    return branch.teacher.width(channels) * height * width
 
 
 def _compared_numbers(branch: Branch) -> int:

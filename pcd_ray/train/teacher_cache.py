@@ -87,7 +87,7 @@ class TeacherCache:
         width, height, across = maps.shape
         return (
             f"{self.name} cache: {maps.num_records:,} maps of {width} x {height} x {across} in "
-            f"float16, {_megabytes(maps.total_bytes)}, in {maps.uri}"
+            f"float16, {bytes_in_words(maps.total_bytes)}, in {maps.uri}"
         )
 
     def check_teacher(self, identity: TeacherIdentity) -> None:
@@ -125,9 +125,9 @@ def cache_of(
         return None
     made_of = _made_of(config, loaded, shards.content_hash)
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    usual = storage.join(storage.absolute(config.run.root), "teacher_cache")
+    place = loaded.options.cache.path or usual_cache_path(config)
     maps = StoredMaps(
-        uri=storage.join(loaded.options.cache.path or usual, f"maps-{key[:16]}"),
+        uri=storage.join(place, f"maps-{key[:16]}"),
         key=key,
         shape=_shape(config, loaded),
         num_images=shards.num_images,
@@ -135,6 +135,11 @@ def cache_of(
         records_per_part=per_part or _records_per_part(config.augment.image_size_px),
     )
     return TeacherCache(loaded.name, maps, made_of)
+
+
+def usual_cache_path(config: Config) -> str:
+    """Return where caches lie that were given no place: beside the run, for others like it."""
+    return storage.join(storage.absolute(config.run.root), "teacher_cache")
 
 
 def in_float16(maps: Tensor, keys: Sequence[str]) -> Maps:
@@ -197,7 +202,8 @@ def _shape(config: Config, loaded: LoadedTeacher) -> tuple[int, int, int]:
     return alike.width(channels), height, width
 
 
-def _megabytes(count: int) -> str:
+def bytes_in_words(count: int) -> str:
+    """Return a size as a reader knows it, e.g. ``12 MB``."""
     if count >= 10**10:
         return f"{count / 10**9:,.0f} GB"
     return f"{count / 10**6:,.0f} MB" if count >= 10**7 else f"{count / 10**6:.2g} MB"

@@ -30,13 +30,15 @@ class Progress(tune.Callback):
         self._console = console or sys.stderr
         self._ended: list[str] = []  # what trials held that are over, until it is free
 
-    def begin(self, space: Space, *, at_a_time: int, left: int) -> None:
+    def begin(self, space: Space, *, at_a_time: int, left: int, notes: Sequence[str]) -> None:
         """Say what is going to happen."""
         over = len(self._opened.trials(*OVER))
         going_on = f"; {over} of {over + left} trials are over, {left} to go" if over else ""
         self._say(f"sweep {self._config.run.name}: {left} trials, {at_a_time} at a time{going_on}")
         for name, words in space.example().items():
             self._say(f"  {name}: {words}")
+        for note in notes:
+            self._say(note)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Free what stopped trials held, as soon as their processes are gone."""
@@ -84,11 +86,12 @@ class Progress(tune.Callback):
 def table_of(records: Sequence[TrialRecord]) -> str:
     """Return the trials as an aligned table, the best score first."""
     options = dict.fromkeys(name for record in records for name in record.values)
-    lines = [["trial", "state", "score", "epochs", *options]]
+    lines = [["trial", "state", "score", "cost", "epochs", *options]]
     for record in sorted(records, key=lambda r: -(r.score or 0.0)):
         values = [_short(record.values.get(name, "-")) for name in options]
         score = "-" if record.score is None else f"{record.score:.1f}"
-        lines.append([str(record.number), record.state, score, str(record.epochs), *values])
+        cost = "-" if record.cost is None else f"{record.cost:g}"
+        lines.append([str(record.number), record.state, score, cost, str(record.epochs), *values])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = ("  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(padded)

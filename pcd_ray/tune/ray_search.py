@@ -1,5 +1,6 @@
 """Who chooses the next trial, and who stops one: OptunaSearch and Tune's schedulers, resumable."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pcd_ray import storage
 from pcd_ray.config import Config, TuneConfig
+from pcd_ray.tune.records import trial_name
 from pcd_ray.tune.space import Space
 from pcd_ray.tune.study import (
     ADDED,
@@ -121,11 +123,6 @@ class StudySearch(OptunaSearch):
         return storage.read_text(uri) if storage.exists(uri) else _UNSAID
 
 
-def trial_name(number: int) -> str:
-    """Return the name of a trial's run; names sort as numbers do."""
-    return f"trial_{number:04d}"
-
-
 def reason_file(trials_uri: str, number: int) -> str:
     """Return the URI of the file in which a failing trial says why."""
     return storage.join(trials_uri, trial_name(number), "failure.txt")
@@ -165,6 +162,10 @@ def _new_rule(config: Config) -> TrialScheduler:
         )
     if options.scheduler == "median":
         return MedianStoppingRule(
-            time_attr=EPOCH, metric=SCORE, mode="max", grace_period=options.grace_epochs
+            time_attr=EPOCH,
+            metric=SCORE,
+            mode="max",
+            grace_period=options.grace_epochs,
+            min_time_slice=math.inf,  # type: ignore[arg-type]  # never pause one for another
         )
     return FIFOScheduler()  # type: ignore[no-untyped-call]

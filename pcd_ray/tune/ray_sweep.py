@@ -7,29 +7,35 @@ runs what is left: trials that are over stay, interrupted ones go on from their 
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import optuna
+import ray
 from optuna.trial import TrialState
 from ray import tune
 
 from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
+from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
+from pcd_ray.ray_cluster import check_outlives_job, cpus_beside_others
 from pcd_ray.ray_nodes import HEAD, Cluster, nodes_with
-from pcd_ray.ray_placement import cluster_of
-from pcd_ray.train.ray_launch import dry_run
+from pcd_ray.ray_placement import asked_of, cluster_of
+from pcd_ray.train.ray_launch import dry_run, with_absolute_places
+from pcd_ray.train.run_plan import RunPlan
+from pcd_ray.train.teacher_cache import bytes_in_words, usual_cache_path
 from pcd_ray.tune.ray_progress import Progress
-from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule, trial_name
-from pcd_ray.tune.ray_trial import run_trial
+from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule
+from pcd_ray.tune.ray_trial import CacheBuilder, run_trial
 from pcd_ray.tune.records import (
     TrialRecord,
     best_trial,
     best_yaml,
     records_of,
     trade_offs,
+    trial_name,
     trial_values,
     trials_csv,
 )
@@ -39,6 +45,8 @@ from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
 _OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
 _DRIVER_SHARE = {"CPU": 0, HEAD: 0.001}  # a trial's own process waits for workers, on the head
+_OF_MAPS = ("teacher.", "teacher_2.", "augment.", "pairing.", "train.precision")
+"""Options that teachers' maps follow from begin so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +88,19 @@ def sweep(config: Config) -> SweepResult:
             trial starts. A trial that fails later is recorded with its reason and stops nothing.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = with_absolute_places(config)
     space = open_space(config)
     _check_scores(config)
+    if not config.data.shards:
+        raise ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
+    images = open_shards(config.data.shards).content_hash
     folder = RunFolder.of(config)
+    check_outlives_job("run.root", folder.uri)
     storage.check_writable(folder.uri)
-    opened = open_study(config, space, folder)
+    opened = open_study(config, space, folder, data_sha256=images)
     left = config.tune.trials - len(opened.trials(*OVER))
     if left > 0:
+        left = max(left, len(opened.trials(TrialState.RUNNING)))  # what has begun is finished
         storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
         _run(config, space, folder, opened, left)
     return write_records(config, folder, opened)
@@ -112,20 +126,28 @@ def write_records(config: Config, folder: RunFolder, opened: OpenStudy) -> Sweep
 
 
 def trials_at_a_time(config: Config, have: Cluster, *, device: str) -> int:
-    """Return how many trials run at once.
+    """Return how many trials run at once; of an elastic trial's workers there may be the most.
 
     Raises:
         ClusterError: ``tune.max_concurrent`` trials need more than the cluster can have.
     """
     nodes = nodes_with(have.most, config.train.node_labels)
-    workers, asked = config.train.num_workers, config.tune.max_concurrent
+    workers, asked = config.train.max_workers, config.tune.max_concurrent
+    per_worker = config.train.cpus_per_worker
+    cpus = sum(node.cpus * node.count for node in nodes)
+    shared = nodes_with(nodes, config.data.node_labels)
+    per_task = config.data.cpus_per_task if shared else 0.0
     if device == "cuda":
         gpus = sum(int(node.gpus) * node.count for node in nodes)
-        fitting = gpus // workers
-        needs = f"{workers} GPUs each (train.num_workers), the cluster has {gpus}"
+        fitting = max(1, gpus // workers)
+        if per_trial := workers * per_worker + per_task:
+            fitting = max(1, min(fitting, int(cpus // per_trial)))
+        needs = (
+            f"{workers} GPUs (train.num_workers) and {per_trial:g} CPUs each, the cluster has "
+            f"{gpus} and {cpus:g}"
+        )
     else:
-        per_trial = workers * max(config.train.cpus_per_worker, 1) + config.data.cpus_per_task
-        cpus = sum(node.cpus * node.count for node in nodes)
+        per_trial = workers * max(per_worker, 1) + per_task
         fitting = max(1, int(cpus // per_trial))
         needs = f"{per_trial:g} CPUs each, the cluster has {cpus:g}"
     if asked > fitting:
@@ -135,23 +157,47 @@ def trials_at_a_time(config: Config, have: Cluster, *, device: str) -> int:
     return asked or (fitting if device == "cuda" else 1)
 
 
-def places_of(config: Config, folder: RunFolder, have: Cluster, many: int) -> dict[str, Any]:
-    """Return the options that a sweep sets for all of its trials: what they share and may use."""
+def places_of(
+    config: Config, folder: RunFolder, have: Cluster, *, many: int, device: str
+) -> dict[str, Any]:
+    """Return the options that a sweep sets for all of its trials: what they share and may use.
+
+    Caches lie where a run in the sweep's own place has them, and so ``best.yaml``.
+    """
     places: dict[str, Any] = {"eval.pictures": False}
     if not config.eval.references:
         places["eval.references"] = folder.file("references")
     for name, teacher in config.teachers.items():
         if teacher.cache.views and not teacher.cache.path:
-            places[f"{name}.cache.path"] = folder.file("teacher_cache")
+            places[f"{name}.cache.path"] = usual_cache_path(config)
     if brought := [asdict(node) for node in have.most if node not in have.now]:
         places["run.autoscaled_nodes"] = brought  # trials cannot see the launcher's file
     if many > 1 and not config.train.threads_per_worker:
         nodes = [node for node in nodes_with(have.most, config.train.node_labels) if node.cpus]
         cores = min((node.cpus for node in nodes), default=1.0)
         count = max(1, sum(node.count for node in nodes))
-        share = cores / -(-many * config.train.num_workers // count)
+        share = cores / -(-many * config.train.max_workers // count)
         places["train.threads_per_worker"] = max(1, int(share))
+    if many > 1 and not config.train.cpus_per_worker:
+        asked = replace(asked_of(config), device=device)
+        places["train.cpus_per_worker"] = cpus_beside_others(have, asked, groups=many)
     return places
+
+
+def cache_lines(space: Space, plan: RunPlan) -> list[str]:
+    """Return what the teachers' stored maps of a sweep will cost, before they are made."""
+    lines = []
+    varied = [name for name in space.distributions if name.startswith(_OF_MAPS)]
+    for name in ("teacher", "teacher_2"):
+        values = plan.summary() if name == "teacher" else (plan.teacher_2 or {})
+        cache = values.get("teacher_cache")
+        if cache is None:
+            continue
+        size = f"{cache['maps']:,} maps, {bytes_in_words(cache['bytes'])}"
+        there = {"whole": "all there", "partial": "partly there", "missing": "to be made"}
+        each = f"; as much again for each new value of {', '.join(varied)}" * bool(varied)
+        lines.append(f"{name} cache: {size}, in {cache['uri']}: {there[cache['state']]}{each}")
+    return lines
 
 
 def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, left: int) -> None:
@@ -161,11 +207,12 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
     """
     have = cluster_of(config)
-    device = dry_run(config).device  # refuses what no trial could run with
+    plan = dry_run(config)  # refuses what no trial could run with
+    device = plan.device
     many = trials_at_a_time(config, have, device=device)
     trials_uri = folder.file("trials")
     progress = Progress(config, opened, lambda: write_records(config, folder, opened))
-    progress.begin(space, at_a_time=many, left=left)
+    progress.begin(space, at_a_time=many, left=left, notes=cache_lines(space, plan))
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # trials write their own metrics, and Progress says what a user needs to know
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
@@ -173,7 +220,8 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         run_trial,
         base=config_to_values(_without_secrets(config)),
         trials_uri=trials_uri,
-        places=places_of(config, folder, have, many),
+        places=places_of(config, folder, have, many=many, device=device),
+        builder=ray.remote(num_cpus=0)(CacheBuilder).remote() if many > 1 else None,
     )
     tuner = tune.Tuner(
         tune.with_resources(trial, _DRIVER_SHARE),

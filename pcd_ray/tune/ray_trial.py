@@ -1,7 +1,7 @@
 """One trial: a whole training run in the sweep's folder, whose scores Tune hears as they come."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +9,12 @@ from ray import tune
 
 from pcd_ray import metric_names as names
 from pcd_ray import storage
-from pcd_ray.config import Config, TuneConfig, config_from_values
+from pcd_ray.config import Config, TuneConfig, config_from_values, config_to_values
+from pcd_ray.data.shards import Shards, open_shards
+from pcd_ray.ray_cluster import WorkerShare, fetched
 from pcd_ray.ray_events import Event
 from pcd_ray.train.ray_launch import TrainResult, train
+from pcd_ray.train.ray_teacher_cache import build_caches
 from pcd_ray.tune.ray_search import (
     EPOCH,
     FINISHED,
@@ -20,19 +23,19 @@ from pcd_ray.tune.ray_search import (
     SCORE,
     VALUES,
     reason_file,
-    trial_name,
 )
+from pcd_ray.tune.records import trial_name
 from pcd_ray.tune.space import trial_config
 from pcd_ray.tune.study import COST
 
-_WHILE_TRAINING = {
-    "knn_top1": names.KNN_TOP1,
-    "segmentation_miou": names.SEGMENTATION_MIOU,
-}
-
 
 def run_trial(
-    parameters: dict[str, Any], *, base: dict[str, Any], trials_uri: str, places: Mapping[str, Any]
+    parameters: dict[str, Any],
+    *,
+    base: dict[str, Any],
+    trials_uri: str,
+    places: Mapping[str, Any],
+    builder: Any,
 ) -> None:
     """Train and judge one trial, or go on with it where it stopped.
 
@@ -41,12 +44,13 @@ def run_trial(
         base: the sweep's configuration, as plain data.
         trials_uri: folder of the trials' runs.
         places: options that the sweep sets for all trials.
+        builder: a `CacheBuilder` actor that all trials share; None: no other trial runs.
     """
     number = parameters[NUMBER]
     try:
         config = config_of_trial(config_from_values(base), parameters[VALUES], number, trials_uri)
         config = trial_config(config, places)
-        result = train(config, listener=_Reporter(config.tune))
+        result = train(config, listener=Reporter(config), build=_build_by(builder))
     except Exception as error:
         storage.write_text(reason_file(trials_uri, number), _story(error))
         raise
@@ -79,11 +83,39 @@ def cost_of(result: TrainResult, options: TuneConfig) -> float:
     return float(result.metrics["training_s"])
 
 
-class _Reporter:
-    """Tells Tune the score of each epoch, and what to free should it end the trial."""
+class CacheBuilder:
+    """Builds teachers' maps for trials that run at once: an actor, one request after the other.
 
-    def __init__(self, options: TuneConfig) -> None:
-        self._name = _WHILE_TRAINING[options.metric]
+    Of trials that need the same maps the first one has them made, the others find them whole.
+    """
+
+    def build(self, values: dict[str, Any], share: WorkerShare) -> int:
+        """Do what `build_caches` does, for a configuration as plain data."""
+        config = config_from_values(values)
+        shards = open_shards(config.data.shards)
+        return build_caches(config, shards, share=share, say=lambda _: None)
+
+
+def _build_by(builder: Any) -> Callable[..., int]:
+    def build(
+        config: Config, shards: Shards, *, share: WorkerShare, say: Callable[[str], None]
+    ) -> int:
+        del shards, say  # it opens them itself; nobody reads a trial's console
+        asked = builder.build.remote(config_to_values(config), share)
+        return int(fetched([asked])[0])
+
+    return build_caches if builder is None else build
+
+
+class Reporter:
+    """Tells Tune the score of each epoch, and what to free should it end the trial.
+
+    That of the last epoch is not told: who has trained to the end is judged, not stopped.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._name = names.SCORES[config.tune.metric]
+        self._epochs = config.train.epochs
         self._reservation = ""
 
     def __call__(self, event: Event) -> None:
@@ -92,7 +124,8 @@ class _Reporter:
         elif self._name in event.values:
             score, epoch = event.values[self._name], int(event.epoch + 1e-6)
             told = {SCORE: score, EPOCH: epoch, RESERVATION: self._reservation}
-            tune.report({**told, COST: math.nan})  # Tune insists on it; known at the end
+            if epoch < self._epochs:
+                tune.report({**told, COST: math.nan})  # Tune insists on it; known at the end
 
 
 def _story(error: Exception) -> str:

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pcd_ray.config import Config, TuneConfig, to_yaml
 from pcd_ray.tune.space import trial_config
-from pcd_ray.tune.study import ADDED, COST, REASON, OpenStudy, history_of
+from pcd_ray.tune.study import ADDED, COST, OVER, REASON, OpenStudy, history_of
 
 STATES = {
     TrialState.COMPLETE: "finished",
@@ -38,6 +38,11 @@ class TrialRecord:
     reason: str
     """Why it failed."""
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self.state in {STATES[state] for state in OVER}
+
     def row(self) -> dict[str, Any]:
         """Return its line of ``trials.csv``."""
         return {
@@ -49,6 +54,11 @@ class TrialRecord:
             **self.values,
             "reason": self.reason,
         }
+
+
+def trial_name(number: int) -> str:
+    """Return the name of a trial's run; names sort as numbers do."""
+    return f"trial_{number:04d}"
 
 
 def records_of(opened: OpenStudy) -> list[TrialRecord]:
@@ -98,8 +108,7 @@ def best_yaml(config: Config, trial: FrozenTrial, *, unit: str) -> str:
     spent = trial.user_attrs.get(COST)
     cost = "" if spent is None or config.tune.cost == "none" else f"; {config.tune.cost} {spent:g}"
     return (
-        f"# The best of {config.tune.trials} trials of the sweep {config.run.name}: trial "
-        f"{trial.number}.\n"
+        f"# The best trial of the sweep {config.run.name}: trial {trial.number}.\n"
         "# Run:    pcd-ray train best.yaml\n"
         "# Cost:   see training_s in the trial's own summary.json\n"
         f"# Expect: {unit} {trial.values[0]:.1f} as the sweep measured it{cost}. It was chosen by\n"

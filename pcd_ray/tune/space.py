@@ -100,7 +100,7 @@ def in_words(distribution: BaseDistribution) -> str:
 
 
 def _distributions(config: Config) -> dict[str, BaseDistribution]:
-    given = dict(_flat(config.tune.space))
+    given = dict(flat_space(config.tune.space))
     if not given:
         raise ConfigError(
             "tune.space is empty; say what to vary, e.g. tune.space: {loss.temperature: "
@@ -119,12 +119,12 @@ def _distributions(config: Config) -> dict[str, BaseDistribution]:
     return found
 
 
-def _flat(space: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat_space(space: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return (option, rule) pairs; options may be written as paths or as nested sections."""
     pairs = []
     for name, rule in space.items():
         nested = isinstance(rule, Mapping) and rule and not set(rule) & {*_RULES, "step"}
-        pairs += _flat(rule, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", rule)]
+        pairs += flat_space(rule, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", rule)]
     return pairs
 
 

@@ -27,7 +27,7 @@ from pcd_ray.config import (
 )
 from pcd_ray.errors import ConfigError
 from pcd_ray.seeds import derive_seed
-from pcd_ray.tune.space import Space
+from pcd_ray.tune.space import Space, Values, flat_space
 
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 """States of trials that are not run again."""
@@ -63,8 +63,16 @@ class OpenStudy:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
 
-def open_study(config: Config, space: Space, folder: RunFolder) -> OpenStudy:
+def open_study(
+    config: Config, space: Space, folder: RunFolder, *, data_sha256: str = ""
+) -> OpenStudy:
     """Return the sweep's study, new or as it was left.
+
+    Args:
+        config: the sweep.
+        space: what it searches.
+        folder: where it lives.
+        data_sha256: content hash of the packed images.
 
     Raises:
         ConfigError: the study is one of another space or of other settings; or it should be a
@@ -86,9 +94,9 @@ def open_study(config: Config, space: Space, folder: RunFolder) -> OpenStudy:
             "choose another run.name"
         )
     if stored is None:
-        _begin(study, config, space)
+        _begin(study, config, _story(config, space, data_sha256), space.own_values(config))
     else:
-        _refuse_changes(json.loads(stored), config, space, folder)
+        _refuse_changes(json.loads(stored), config, _story(config, space, data_sha256))
     return opened
 
 
@@ -148,25 +156,25 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
         ) from error
 
 
-def _begin(study: optuna.Study, config: Config, space: Space) -> None:
-    study.set_user_attr(_SWEEP, json.dumps(_story(config, space)))
+def _begin(study: optuna.Study, config: Config, story: Mapping[str, Any], own: Values) -> None:
+    study.set_user_attr(_SWEEP, json.dumps(story))
     if config.tune.own_values_first:
-        study.enqueue_trial(space.own_values(config))
+        study.enqueue_trial(own)
 
 
-def _story(config: Config, space: Space) -> dict[str, Any]:
+def _story(config: Config, space: Space, data_sha256: str) -> dict[str, Any]:
     values = config_to_values(config)
     values["tune"]["storage"] = ""  # a place, maybe with a password
-    return {"space_sha256": space.sha256, "config": values}
+    return {"space_sha256": space.sha256, "data_sha256": data_sha256, "config": values}
 
 
-def _refuse_changes(
-    stored: Mapping[str, Any], config: Config, space: Space, folder: RunFolder
-) -> None:
+def _refuse_changes(stored: Mapping[str, Any], config: Config, story: Mapping[str, Any]) -> None:
     before = config_from_values(stored["config"])
     changes = changed_options(before, config)
-    if stored["space_sha256"] != space.sha256:
-        changes.append("tune.space: other options or ranges")
+    if stored["space_sha256"] != story["space_sha256"]:
+        changes += _changes_of_space(before.tune, config.tune)
+    if stored.get("data_sha256", story["data_sha256"]) != story["data_sha256"]:
+        changes.append(f"data.shards: the packed images at {config.data.shards} are others")
     for name in option_names():
         section, _, option = name.rpartition(".")
         judged = name.startswith("eval.") and name not in _FREE_EVAL
@@ -178,6 +186,23 @@ def _refuse_changes(
     if changes:
         listed = "\n  ".join(changes)
         raise ConfigError(
-            f"{folder.uri} holds a sweep with other settings, whose trials would not compare:\n"
+            f"{RunFolder.of(config).uri} holds a sweep with other settings, whose trials would not "
+            f"compare:\n"
             f"  {listed}\nchoose another run.name, or set these back"
         )
+
+
+def _changes_of_space(before: TuneConfig, now: TuneConfig) -> list[str]:
+    """Return a line for each option that is searched otherwise than before."""
+    old, new = (dict(flat_space(each.space)) for each in (before, now))
+    lines = [
+        f"tune.space: {name}: {old.get(name, 'not searched')} -> {new.get(name, 'not searched')}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+    if before.space_function or now.space_function:
+        lines.append(
+            f"tune.space_function: {before.space_function or 'none'} -> "
+            f"{now.space_function or 'none'}, or its text is another"
+        )
+    return lines or ["tune.space: other options or ranges"]

@@ -1,19 +1,18 @@
-"""Pictures of a sweep, as PNG; parallel coordinates are Optuna's own plot."""
+"""Pictures of a sweep, as PNG."""
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import optuna
-import optuna.visualization.matplotlib as plots
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -22,6 +21,7 @@ from pcd_ray.tune.study import history_of
 
 _DPI = 130
 _ENOUGH = 10  # finished trials, so that there is a best tenth
+_IN_A_ROW = 4  # panels
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _MARKS = {
     "finished": ("#0072b2", True),
@@ -48,10 +48,9 @@ def sweep_figures(study: optuna.Study, *, score: str, cost: str) -> dict[str, by
         varied = _varied(finished)
         drawn["history.png"] = _history(trials, score)
         drawn["slices.png"] = _slices(trials, varied, score)
-        scored = _of_scores_alone(finished)
-        drawn["importance.png"] = _importance(scored)
+        drawn["importance.png"] = _importance(_of_scores_alone(finished))
         if len(varied) > 1:
-            drawn["parallel.png"] = _parallel(scored, varied, score)
+            drawn["parallel.png"] = _parallel(finished, varied, score)
     if cost and len(finished) > 1:
         drawn["trade_off.png"] = _trade_off(study, finished, score, cost)
     return {name: png for name, png in drawn.items() if png}
@@ -87,18 +86,71 @@ def _of_scores_alone(finished: Sequence[FrozenTrial]) -> optuna.Study:
 
 
 def _varied(trials: Sequence[FrozenTrial]) -> list[str]:
-    """Return the options that all of these trials were asked for and that differ among them."""
-    shared = set.intersection(*(set(trial.params) for trial in trials))
-    names = [name for name in trials[0].params if name in shared]
-    return [n for n in names if len({repr(trial.params[n]) for trial in trials}) > 1] or names
+    """Return the options that differ among trials; not all trials need to have been asked."""
+    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    return [n for n in names if len({repr(trial.params.get(n)) for trial in trials}) > 1] or names
 
 
-def _parallel(scored: optuna.Study, names: Sequence[str], score: str) -> bytes:
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # our versions are pinned
-        axes = plots.plot_parallel_coordinate(scored, params=list(names), target_name=score)
-        axes.set_title("")
-        return _png(axes.figure)
+def _parallel(finished: Sequence[FrozenTrial], names: Sequence[str], score: str) -> bytes:
+    """Draw each trial as a line through its score and its values, the better the darker."""
+    figure, (axes,) = _panels(1, width=max(8.0, 1.7 * (1 + len(names))))
+    scores = [trial.values[0] for trial in finished]
+    columns = [_on_a_scale(scores, min(scores), max(scores))]
+    columns += [_placed(finished, name) for name in names]
+    lines = list(zip(*(places for places, _ in columns), strict=True))
+    for line in sorted(lines):  # the best on top
+        shade = mpl.colormaps["Blues"](0.25 + 0.75 * line[0])
+        axes.plot(range(len(columns)), line, "o-", color=shade, linewidth=1.6, markersize=4)
+    for column, (_, ticks) in enumerate(columns):
+        axes.axvline(column, color="#1c2026", linewidth=0.8, zorder=0)
+        for place, text in ticks:
+            ground: Any = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+            right: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(text, (column, place), fontsize=9, bbox=ground, zorder=5, **right)
+    axes.set_xticks(range(len(columns)), [_in_two(name) for name in (score, *names)])
+    axes.set_xlim(-0.15, len(columns) - 0.5)
+    axes.set_yticks([])
+    axes.tick_params(bottom=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return _png(figure)
+
+
+def _placed(
+    trials: Sequence[FrozenTrial], name: str
+) -> tuple[list[float], list[tuple[float, str]]]:
+    """Return each trial's place on an option's axis from 0 to 1, NaN: not asked; and its ticks."""
+    rule = next(trial.distributions[name] for trial in trials if name in trial.params)
+    if isinstance(rule, CategoricalDistribution):
+        last = max(1, len(rule.choices) - 1)
+        ticks = [(index / last, str(choice)) for index, choice in enumerate(rule.choices)]
+        asked = [name in trial.params for trial in trials]
+        places = [
+            rule.choices.index(trial.params[name]) / last if there else math.nan
+            for trial, there in zip(trials, asked, strict=True)
+        ]
+        return places, ticks
+    values = [trial.params.get(name, math.nan) for trial in trials]
+    low, high, log = (getattr(rule, each) for each in ("low", "high", "log"))
+    return _on_a_scale(values, low, high, log=log)
+
+
+def _on_a_scale(
+    values: Sequence[float], low: float, high: float, *, log: bool = False
+) -> tuple[list[float], list[tuple[float, str]]]:
+    """Return the places of numbers between two ends, as 0 to 1, and ticks."""
+    of = math.log if log else float
+    span = (of(high) - of(low)) or 1.0
+    marks = LogLocator(subs=(1, 2, 5)) if log else MaxNLocator(5)
+    inside = [float(mark) for mark in marks.tick_values(low, high) if low <= mark <= high]
+    ticks = [((of(mark) - of(low)) / span, f"{mark:g}") for mark in inside]
+    return [(of(value) - of(low)) / span for value in values], ticks
+
+
+def _in_two(name: str) -> str:
+    """Break an option's path before its last part, so that neighbours do not touch."""
+    section, dot, option = name.rpartition(".")
+    return f"{section}{dot}\n{option}" if dot else name
 
 
 def _importance(scored: optuna.Study) -> bytes | None:
@@ -118,34 +170,56 @@ def _trade_off(
 ) -> bytes:
     """Draw score against cost, and the trials that no other beats in both as a line."""
     figure, (axes,) = _panels(1, width=8.0)
+    colour, _ = _MARKS["finished"]
+    front = {trial.number for trial in study.best_trials}
     for trial in finished:
-        axes.scatter(trial.values[1], trial.values[0], s=28, color=_MARKS["finished"][0])
-        place = (trial.values[1], trial.values[0])
-        axes.annotate(str(trial.number), place, xytext=(5, -3), textcoords="offset points")
-    front = sorted((trial.values[1], trial.values[0]) for trial in study.best_trials)
-    costs, scores = zip(*front, strict=True)
-    axes.step(costs, scores, where="post", color="#1c2026", linewidth=1, label="the front")
+        ground = colour if trial.number in front else "w"
+        axes.scatter(trial.values[1], trial.values[0], s=28, edgecolor=colour, facecolor=ground)
+    best = sorted((trial.values[1], trial.values[0]) for trial in study.best_trials)
+    costs, scores = zip(*best, strict=True)
+    axes.step(costs, scores, where="post", color="#1c2026", linewidth=1, zorder=0)
     axes.set_xlabel(cost)
     axes.set_ylabel(score)
-    axes.legend(frameon=False, fontsize=8)
+    _number(
+        axes, [(t.values[1], t.values[0], t.number) for t in study.best_trials], offset=(-14, 7)
+    )
     return _png(figure)
 
 
 def _learning_curves(trials: Sequence[FrozenTrial], score: str) -> bytes:
     figure, (axes,) = _panels(1, width=8.0)
+    ends = []
     for trial in trials:
         points = sorted(history_of(trial).items())
         if not points:
             continue
-        colour, _ = _MARKS[STATES[trial.state]]
+        colour, filled = _MARKS[STATES[trial.state]]
         epochs, scores = zip(*points, strict=True)
-        axes.plot(epochs, scores, "o-", color=colour, alpha=0.7, markersize=3)
-        axes.annotate(str(trial.number), points[-1], xytext=(4, -3), textcoords="offset points")
+        axes.plot(epochs, scores, color=colour, alpha=0.7, linewidth=1.2)
+        ground = colour if filled else "w"
+        axes.scatter(epochs[-1], scores[-1], s=28, edgecolor=colour, facecolor=ground, zorder=3)
+        ends.append((*points[-1], trial.number))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(score)
-    _legend(axes)
+    _number(axes, ends)
+    _legend(axes, trials)
     return _png(figure)
+
+
+def _number(
+    axes: Axes, points: Sequence[tuple[float, float, int]], *, offset: tuple[float, float] = (6, 0)
+) -> None:
+    """Write trials' numbers beside their points, the highest first, where there is room."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float]] = []
+    for x, y, number in sorted(points, key=lambda point: -point[1]):
+        place = ((x - left) / (right - left), (y - low) / (high - low))
+        if all(abs(place[0] - x0) > 0.04 or abs(place[1] - y0) > 0.045 for x0, y0 in taken):
+            axes.annotate(
+                str(number), (x, y), xytext=offset, textcoords="offset points", va="center"
+            )
+            taken.append(place)
 
 
 def _history(trials: Sequence[FrozenTrial], score: str) -> bytes:
@@ -161,7 +235,7 @@ def _history(trials: Sequence[FrozenTrial], score: str) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial")
     axes.set_ylabel(score)
-    _legend(axes)
+    _legend(axes, trials)
     return _png(figure)
 
 
@@ -184,16 +258,22 @@ def _slices(trials: Sequence[FrozenTrial], names: Sequence[str], score: str) -> 
                 axes.xaxis.set_minor_formatter(NullFormatter())
         _scatter(axes, asked, places)
         axes.set_xlabel(name)
-    all_axes[0].set_ylabel(score)
-    _legend(all_axes[-1])
+    for axes in all_axes[::_IN_A_ROW]:
+        axes.set_ylabel(score)
+    _legend(all_axes[-1], trials)
     return _png(figure)
 
 
 def _panels(count: int, *, width: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels side by side that share their vertical axis."""
+    """Return a figure of panels in rows that share their vertical axis."""
+    across = min(count, _IN_A_ROW)
+    down = -(-count // across)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width * count, 4.0), layout="constrained")
-        return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+        figure = Figure(figsize=(width * across, 4.0 * down), layout="constrained")
+        grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+        for unused in grid[count:]:
+            unused.remove()
+        return figure, list(grid[:count])
 
 
 def _scatter(axes: Axes, trials: Sequence[FrozenTrial], places: Sequence[Any]) -> None:
@@ -205,12 +285,15 @@ def _scatter(axes: Axes, trials: Sequence[FrozenTrial], places: Sequence[Any]) -
             axes.scatter(place, value, s=28, edgecolor=colour, facecolor=colour if filled else "w")
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
+    """Explain the marks of trials that have a score."""
+    drawn = {STATES[trial.state] for trial in trials if score_of(trial) is not None}
     for state, (colour, filled) in _MARKS.items():
-        axes.scatter(
-            [], [], s=28, edgecolor=colour, facecolor=colour if filled else "w", label=state
-        )
-    axes.legend(frameon=False, fontsize=8)
+        if state in drawn:
+            ground = colour if filled else "w"
+            axes.scatter([], [], s=28, edgecolor=colour, facecolor=ground, label=state)
+    above: Any = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    axes.legend(frameon=False, fontsize=8, ncols=len(_MARKS) + 1, **above)
 
 
 def _png(figure: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The loop on two gloo ranks: what one process does, and the same end for all ranks."""
+"""The loop on gloo ranks: what one process does, and the same end for all ranks."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import to_host
+from pcd_ray.data.plan import rank_sizes
 from pcd_ray.errors import TrainingError
 from pcd_ray.train.loop import TrainState, average_batchnorm, unwrapped
 
@@ -60,38 +61,39 @@ def alone() -> dict[str, Any]:
     return on_one_thread(STEPS, None, False)
 
 
-@pytest.fixture(scope="module")
-def pair() -> list[dict[str, Any]]:
-    return run_on_ranks(2, trained, STEPS, None, False)
+@pytest.fixture(scope="module", params=[2, 3])  # 8 images split over two ranks, not over three
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_on_ranks(request.param, trained, STEPS, None, False)
 
 
-def test_two_ranks_train_read_and_log_as_one_process(
-    alone: dict[str, Any], pair: list[dict[str, Any]]
+def test_ranks_train_read_and_log_as_one_process(
+    alone: dict[str, Any], ranks: list[dict[str, Any]]
 ) -> None:
-    assert_close(alone["state"], pair[0]["state"])
+    assert_close(alone["state"], ranks[0]["state"])
     for network in ("student", "average"):
-        for name, value in pair[0]["state"][network].items():
-            assert torch.equal(value, pair[1]["state"][network][name])
-    for ours, theirs, expected in zip(*(r["metrics"] for r in pair), alone["metrics"], strict=True):
+        for name, value in ranks[0]["state"][network].items():
+            assert torch.equal(value, ranks[-1]["state"][network][name])
+    first, last = ranks[0]["metrics"], ranks[-1]["metrics"]
+    for ours, theirs, expected in zip(first, last, alone["metrics"], strict=True):
         for name in (names.LOSS, names.GRAD_NORM, names.POSITIVE_COSINE, names.QUEUE_TOP1):
             assert ours[name] == theirs[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
 
 
 def test_the_audit_adds_up_over_ranks_and_is_kept_once(
-    alone: dict[str, Any], pair: list[dict[str, Any]]
+    alone: dict[str, Any], ranks: list[dict[str, Any]]
 ) -> None:
-    counts = [[count for _, count, _ in rank["own_audit"]] for rank in pair]
-    assert [sum(c) for c in counts] == [28, 28]  # half of 56 images each
-    assert pair[0]["state"]["audit"] == alone["state"]["audit"]
-    assert pair[1]["state"]["audit"] == []
+    counts = [sum(count for _, count, _ in rank["own_audit"]) for rank in ranks]
+    assert counts == [STEPS * size for size in rank_sizes(len(ranks), 8)]
+    assert ranks[0]["state"]["audit"] == alone["state"]["audit"]
+    assert ranks[1]["state"]["audit"] == []
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(
-    ranks: tuple[int, int], alone: dict[str, Any]
+    sizes: tuple[int, int], alone: dict[str, Any]
 ) -> None:
     stored = None
-    for count, stop in zip(ranks, (4, STEPS), strict=True):
+    for count, stop in zip(sizes, (4, STEPS), strict=True):
         args = (stop, stored, False)
         stored = (run_on_ranks(count, trained, *args) if count > 1 else [on_one_thread(*args)])[0][
             "state"

@@ -1,4 +1,4 @@
-"""Two ranks of B / 2 images train as one process of B images, and so does accumulation."""
+"""R ranks of about B / R images train as one process of B images, and so does accumulation."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,6 +12,7 @@ from ranks import run_on_ranks
 from tiny import images, tiny_config, unit_rows
 
 from pcd_ray import metric_names as names
+from pcd_ray.data.plan import rank_sizes, rank_span
 from pcd_ray.distill.build import build_student
 from pcd_ray.distill.heads import MlpShape
 from pcd_ray.distill.step import DistillSettings, ViewBatch
@@ -19,7 +20,7 @@ from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, 
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
 
 CPU = torch.device("cpu")
-GLOBAL_BATCH, STEPS, WIDTH = 8, 6, 6
+STEPS, WIDTH = 6, 6
 
 
 def new_state(
@@ -28,7 +29,7 @@ def new_state(
     """A run with a teacher for each weight, each of another width and grid."""
     widths = [WIDTH + number for number in range(len(weights))]
     student = small_student(widths=widths)
-    grid = tuple(student(own_views(0).student)[0].shape[2:])
+    grid = tuple(student(images(0, 1, 32))[0].shape[2:])
     distill = DistillSettings(0.2, implementation, pairing, 0.7, grid=grid, kind=kind)
     wrapped = wrap_student(student, device=CPU, compiled=False)
     branches = [
@@ -49,17 +50,17 @@ def new_state(
     return TrainState(wrapped, built, branches)
 
 
-def own_views(step: int) -> ViewBatch:
+def own_views(step: int, batch: int) -> ViewBatch:
     """This process's part of the global batch of a step."""
-    whole = [images(100 + 2 * step + i, GLOBAL_BATCH, 32) for i in range(2)]
+    whole = [images(100 + 2 * step + i, batch, 32) for i in range(2)]
     # crops that overlap less from image to image: parts of a batch have unlike numbers of pairs
-    boxes = torch.tensor([[0.0, 0, 32, 32, 0]]).repeat(GLOBAL_BATCH, 1)
-    others = boxes + torch.arange(GLOBAL_BATCH)[:, None] * torch.tensor([4.0, 2, 0, 0, 0])
+    boxes = torch.tensor([[0.0, 0, 32, 32, 0]]).repeat(batch, 1)
+    others = boxes + torch.arange(batch)[:, None] * torch.tensor([4.0, 2, 0, 0, 0])
     rank, count = 0, 1
     if torch.distributed.is_initialized():
         rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    parts = [rows.chunk(count)[rank] for rows in (*whole, boxes, others)]
-    return ViewBatch(*parts)
+    mine = slice(*rank_span(0, rank, count, batch))
+    return ViewBatch(*(rows[mine] for rows in (*whole, boxes, others)))
 
 
 def trained(
@@ -69,16 +70,17 @@ def trained(
     pairing: str,
     accumulation_steps: int,
     weights: Sequence[float],
+    batch: int,
 ) -> dict[str, Any]:
     state = new_state(kind, optimizer, implementation, pairing, weights)
     start = unwrapped(state.student).heads[0][0].weight.detach().clone()
     loop = LoopSettings(
         schedule=Schedule(0.5, 0, STEPS, 0.0), images_per_epoch=100, log_every_steps=1, seed=0,
-        global_batch_size=GLOBAL_BATCH, accumulation_steps=accumulation_steps, clip_grad_norm=0.0,
+        global_batch_size=batch, accumulation_steps=accumulation_steps, clip_grad_norm=0.0,
     )  # fmt: skip
     losses = []
     for step in range(STEPS):
-        views = own_views(step)
+        views = own_views(step, batch)
         losses.append(train_step(state, views, loop, watch=False)[names.LOSS].item())
     student = unwrapped(state.student)
     return {
@@ -91,17 +93,22 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("kind", "optimizer", "implementation", "pairing", "accumulation", "weights"),
+    ("ranks", "batch", "kind", "optimizer", "implementation", "pairing", "accumulation", "weights"),
     [
-        ("pixel", "sgd", "fused", "cross_view_index", 1, [1.0]),
-        ("pixel", "lars", "chunked", "same_view", 2, [1.0]),
-        ("pixel", "sgd", "plain", "cross_view_geometric", 2, [1.0]),
-        ("pixel", "sgd", "fused", "cross_view_geometric", 2, [0.7, 1.5]),
-        ("image", "sgd", "fused", "cross_view_index", 2, [0.7, 1.5]),
-        ("mse", "lars", "plain", "cross_view_geometric", 2, [0.7, 1.5]),
+        (2, 8, "pixel", "sgd", "fused", "cross_view_index", 1, [1.0]),
+        (2, 8, "pixel", "lars", "chunked", "same_view", 2, [1.0]),
+        (2, 8, "pixel", "sgd", "plain", "cross_view_geometric", 2, [1.0]),
+        (2, 8, "pixel", "sgd", "fused", "cross_view_geometric", 2, [0.7, 1.5]),
+        (2, 8, "image", "sgd", "fused", "cross_view_index", 2, [0.7, 1.5]),
+        (2, 8, "mse", "lars", "plain", "cross_view_geometric", 2, [0.7, 1.5]),
+        # 2, 2 and 3 images, in passes of 1 and 1, 1 and 1, 2 and 1; and 1, 1 and 2 images
+        (3, 7, "pixel", "sgd", "fused", "cross_view_geometric", 2, [0.7, 1.5]),
+        (3, 4, "image", "lars", "plain", "cross_view_index", 1, [1.0]),
     ],
 )
-def test_two_ranks_of_half_the_batch_train_as_one_process(
+def test_ranks_of_parts_of_the_batch_train_as_one_process(
+    ranks: int,
+    batch: int,
     kind: str,
     optimizer: str,
     implementation: str,
@@ -111,24 +118,25 @@ def test_two_ranks_of_half_the_batch_train_as_one_process(
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = trained(kind, optimizer, "plain", pairing, 1, weights)
+    alone = trained(kind, optimizer, "plain", pairing, 1, weights, batch)
     torch.set_num_threads(threads)
-    ranks = run_on_ranks(
-        2, trained, kind, optimizer, implementation, pairing, accumulation, weights
+    found = run_on_ranks(
+        ranks, trained, kind, optimizer, implementation, pairing, accumulation, weights, batch
     )
-    assert alone["moved"] > 1e-3  # it did train, and the queue wrapped twice
+    assert alone["moved"] > 1e-3  # it did train, and the queue wrapped
     queues = 0 if kind == "mse" else len(weights)
-    assert alone["cursors"] == [STEPS * GLOBAL_BATCH % 21] * queues
-    for one, other in pairwise(ranks):  # to the bit: nobody broadcasts weights or queue
+    assert alone["cursors"] == [STEPS * batch % 21] * queues
+    for one, other in pairwise(found):  # to the bit: nobody broadcasts weights or queue
         for queue, same in zip(one["negatives"], other["negatives"], strict=True):
             assert torch.equal(queue, same)
         assert all(torch.equal(p, other["weights"][name]) for name, p in one["weights"].items())
     for name, expected in alone["weights"].items():
         # float64: sums in another order, six steps
-        torch.testing.assert_close(ranks[0]["weights"][name], expected, rtol=1e-10, atol=1e-12)
-    for queue, expected in zip(ranks[0]["negatives"], alone["negatives"], strict=True):
+        torch.testing.assert_close(found[0]["weights"][name], expected, rtol=1e-10, atol=1e-12)
+    for queue, expected in zip(found[0]["negatives"], alone["negatives"], strict=True):
         torch.testing.assert_close(queue, expected, rtol=1e-12, atol=1e-14)
-    mean = (ranks[0]["losses"] + ranks[1]["losses"]) / 2
+    shares = np.array(rank_sizes(ranks, batch)) / batch
+    mean = shares @ np.stack([rank["losses"] for rank in found])
     np.testing.assert_allclose(mean, alone["losses"], rtol=1e-10)
 
 

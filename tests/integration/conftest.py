@@ -5,9 +5,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from s3_server import ENVIRONMENT
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported; nothing to protect here
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # each run ends seconds earlier
+os.environ.update(ENVIRONMENT)  # of a server in the tests' own process; Ray's processes inherit it
 
 
 @pytest.fixture(scope="session")

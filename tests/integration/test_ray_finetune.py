@@ -30,7 +30,7 @@ from pcd_ray.seeds import derive_seed
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-CONFIG = config_from_values({"train": {"threads_per_worker": 1, "keep_checkpoints": 2}})
+CONFIG = config_from_values({"train": {"threads_per_worker": 1, "keep_last": 2}})
 TASK = SmallTask(batchnorm=True)
 
 

@@ -47,7 +47,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Con
     return changed(
         config,
         pairing={"kind": "cross_view_geometric"},
-        train={"epochs": EPOCHS, "checkpoint_every_steps": 0, "keep_checkpoints": 9},
+        train={"epochs": EPOCHS, "checkpoint_every_steps": 0, "keep_last": 9},
         eval={"every_epochs": 0, "knn_train": "", "knn_test": ""},
     )
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from pcd_ray import storage
 from pcd_ray.config import Config, SourceConfig, config_from_values
 from pcd_ray.data.ray_pack import pack
 from pcd_ray.distill.backbones import build_backbone
@@ -51,16 +52,27 @@ def prepare(root: Path) -> Config:
 
 def prepare_unpacked(root: Path) -> Config:
     """Write images and a teacher under ``root``; return the run on shards to be packed."""
-    train = write_images(root / "train", NUM_IMAGES, seed=0)
-    test = write_images(root / "test", 12, seed=1)
+    write_images(root / "train", NUM_IMAGES, seed=0)
+    write_images(root / "test", 12, seed=1)
+    write_teacher(root / "teacher.safetensors")
+    return run_under(str(root))
+
+
+def run_under(root: str) -> Config:
+    """Return the run on what `prepare` writes under a folder or a bucket's prefix."""
+    train, test = storage.join(root, "train"), storage.join(root, "test")
     config = config_from_values(
         {
-            "run": {"root": str(root / "runs"), "name": "reference"},
-            "data": {"sources": train, "shards": str(root / "shards"), "images_per_task": 8},
+            "run": {"root": storage.join(root, "runs"), "name": "reference"},
+            "data": {
+                "sources": train,
+                "shards": storage.join(root, "shards"),
+                "images_per_task": 8,
+            },
             "augment": {"image_size_px": 32},
             "teacher": {
                 "arch": "test_resnet",
-                "weights": write_teacher(root / "teacher.safetensors"),
+                "weights": storage.join(root, "teacher.safetensors"),
                 "kwargs": {"output_stride": 8},
             },
             "student": {

@@ -8,8 +8,10 @@ import torch
 import yaml
 from torch import nn
 
+from pcd_ray import storage
 from pcd_ray.checkpoint import (
     RunFolder,
+    best_steps,
     checkpoint_name,
     checkpoint_steps,
     find_checkpoint,
@@ -22,6 +24,7 @@ from pcd_ray.checkpoint import (
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.distill.feature_queue import FeatureQueue
 from pcd_ray.errors import CheckpointError
+from pcd_ray.metric_names import KNN_TOP1
 
 CONFIG = config_from_values({"run": {"name": "kept", "seed": 7}, "loss": {"temperature": 0.1}})
 
@@ -67,9 +70,10 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path / "run"))
 
 
-def save(folder: RunFolder, step: int) -> Path:
+def save(folder: RunFolder, step: int, **about: Any) -> Path:
     uri = folder.file("checkpoints", checkpoint_name(step))
-    save_checkpoint(uri, state(step), {"step": step, "teacher": {"licence": "MIT"}}, CONFIG)
+    content = {"step": step, "teacher": {"licence": "MIT"}, **about}
+    save_checkpoint(uri, state(step), content, CONFIG)
     return Path(uri)
 
 
@@ -108,8 +112,50 @@ def test_a_runs_folder_may_have_a_question_mark_in_its_name(tmp_path: Path) -> N
 def test_the_newest_checkpoints_are_kept(folder: RunFolder) -> None:
     for step in (1, 2, 3, 4):
         save(folder, step)
-    prune_checkpoints(folder, written=4, keep=2)
+    prune_checkpoints(folder, written=4, keep_last=2)
     assert checkpoint_steps(folder) == [3, 4]
+
+
+def save_scored(folder: RunFolder, step: int, score: float | None, *, scored: bool = True) -> None:
+    """Write a checkpoint that carries a kNN score, of its own or of an earlier epoch."""
+    save(folder, step, metrics={} if score is None else {KNN_TOP1: score}, scored=scored)
+
+
+def test_the_best_stay_besides_the_newest_by_what_lies_in_the_folder(folder: RunFolder) -> None:
+    """Each prune sees the folder alone, as after a resume."""
+    measured = {1: 30.0, 2: 50.0, 3: 40.0, 4: None, 5: 50.0, 6: 20.0, 7: 10.0}
+    for step, score in measured.items():
+        save_scored(folder, step, score)
+        prune_checkpoints(folder, written=step, keep_last=2, keep_best=(2, KNN_TOP1))
+        assert latest_checkpoint(folder) is not None
+    assert checkpoint_steps(folder) == [2, 5, 6, 7]
+    assert best_steps(folder, KNN_TOP1) == [2, 5, 6, 7]
+    assert find_checkpoint(storage.join(folder.uri, "best")).about["step"] == 2
+    prune_checkpoints(folder, written=7, keep_last=2, keep_best=(1, KNN_TOP1))
+    assert checkpoint_steps(folder) == [2, 6, 7]
+
+
+def test_a_score_that_was_measured_earlier_makes_no_checkpoint_the_best(
+    folder: RunFolder,
+) -> None:
+    save_scored(folder, 10, 50.0)
+    for step in (12, 14, 16):
+        save_scored(folder, step, 50.0, scored=False)
+        prune_checkpoints(folder, written=step, keep_last=1, keep_best=(2, KNN_TOP1))
+    assert checkpoint_steps(folder) == [10, 16]
+
+
+def test_the_best_is_asked_for_by_name_and_refused_where_nothing_was_scored(
+    folder: RunFolder,
+) -> None:
+    save(folder, 3)
+    with pytest.raises(CheckpointError, match=r"no checkpoint with a score.*leave out /best"):
+        find_checkpoint(storage.join(folder.uri, "best"))
+    save_scored(folder, 4, 10.0)
+    save_scored(folder, 5, 20.0)
+    newest = Path(folder.checkpoints) / checkpoint_name(5)
+    (newest / "state.pt").write_bytes(b"cut off")
+    assert find_checkpoint(storage.join(folder.uri, "best")).about["step"] == 4
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -124,7 +170,7 @@ def test_damaged_checkpoints_never_take_the_place_of_good_ones(
     assert resumed is not None
     assert resumed.about["step"] == 100
     save(folder, 150)
-    prune_checkpoints(folder, written=150, keep=keep, damaged=resumed.passed_over)
+    prune_checkpoints(folder, written=150, keep_last=keep, damaged=resumed.passed_over)
     assert checkpoint_steps(folder) == [100, 150][-keep:]
     assert step_of(folder) == 150
 
@@ -136,7 +182,7 @@ def test_a_damaged_checkpoint_that_is_written_anew_is_kept(folder: RunFolder) ->
     resumed = latest_checkpoint(folder)
     assert resumed is not None
     save(folder, 200)
-    prune_checkpoints(folder, written=200, keep=1, damaged=resumed.passed_over)
+    prune_checkpoints(folder, written=200, keep_last=1, damaged=resumed.passed_over)
     assert checkpoint_steps(folder) == [200]
     assert step_of(folder) == 200
 
@@ -144,7 +190,7 @@ def test_a_damaged_checkpoint_that_is_written_anew_is_kept(folder: RunFolder) ->
 def test_what_lies_beyond_the_written_step_costs_no_older_one(folder: RunFolder) -> None:
     for step in (100, 150, 200):
         save(folder, step)
-    prune_checkpoints(folder, written=150, keep=1)
+    prune_checkpoints(folder, written=150, keep_last=1)
     assert checkpoint_steps(folder) == [150, 200]
 
 

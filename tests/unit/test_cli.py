@@ -1,15 +1,18 @@
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from stored_run import store_run
 
 from pcd_ray import __version__
-from pcd_ray.cli import main
+from pcd_ray.cli import _run, main
 
 ROOT = Path(__file__).parents[2]
 VERBS = ("demo", "pack", "train", "eval", "inspect", "export")
@@ -199,3 +202,38 @@ def test_a_script_of_jobs_is_the_verb(tmp_path: Path) -> None:
 def test_a_fraction_is_of_detection_alone(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", kind, "untrained", "--fraction", "0.1"]) == 2
     assert "error: --fraction=0.1 shortens detection alone; leave it out" in capsys.readouterr().err
+
+
+def test_what_came_of_a_verb_is_kept_where_exit_codes_are_lost(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "results" / "a.json"
+    assert main(["inspect", images, "--result", str(kept), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads(kept.read_text()) == {"exit_code": 0, "error": "", "summary": printed}
+    assert main(["inspect", "nowhere", f"--result={kept}"]) == 2
+    error = capsys.readouterr().err.rstrip("\n")
+    assert json.loads(kept.read_text()) == {"exit_code": 2, "error": error, "summary": {}}
+
+
+def test_a_result_that_cannot_be_kept_is_an_error_of_its_own(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["inspect", images, "--result", str(tmp_path / "file" / "a.json")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --result: {tmp_path}/file/a.json cannot be")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(int(signal.SIGTERM))])
+def test_a_stop_is_told_in_words_whoever_asked_for_it(stop: BaseException) -> None:
+    def verb(_options: argparse.Namespace) -> dict[str, Any]:
+        raise stop
+
+    outcome = _run(argparse.Namespace(run=verb))
+    assert outcome["exit_code"] == 130
+    assert outcome["error"] == "stopped; the same command goes on from the last checkpoint"
+
+
+def test_an_exit_that_is_no_stop_goes_on() -> None:
+    with pytest.raises(SystemExit, match="3"):
+        _run(argparse.Namespace(run=lambda _: sys.exit(3)))

@@ -67,8 +67,10 @@ def test_everything_is_frozen() -> None:
         ("zzz", 1, "zzz: unknown option; see the options in pcd_ray/config/"),
         ("optim.name", "lar", "optim.name='lar' is not one of 'lars' or 'adamw'; did you mean"),
         ("pairing.kind", "same_viw", "did you mean 'same_view'?"),
-        ("train.num_workers", "two", "train.num_workers='two': input should be a valid integer"),
-        ("train.num_workers", 1.5, "train.num_workers=1.5: input should be a valid integer"),
+        ("train.num_workers", "two", "train.num_workers='two': give a whole number, or [least, mo"),
+        ("train.num_workers", 1.5, "train.num_workers=1.5: give a whole number, or [least, most]"),
+        ("train.num_workers", [1, 2, 3], "train.num_workers=[1, 2, 3]: give a whole number, or"),
+        ("train.num_workers", [4, 2], "must be [least, most] with 1 <= least <= most, got (4, 2)"),
         ("run.name", 2024, "run.name=2024: is no text; quote it: run.name=\"'2024'\""),
         ("run.name", "a/b", "run.name must be a plain name, got 'a/b'"),
         ("loss", 3, "loss=3: is a section; write its options as loss.option=value"),
@@ -101,6 +103,7 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
     [
         ("data.max_bad_fraction", 1.5),
         ("data.max_pixels", 0),
+        ("data.max_decode_s", 0.0),
         ("data.shard_mib", 0),
         ("data.images_per_task", 0),
         ("data.prefetch_batches", -1),
@@ -136,9 +139,13 @@ def test_a_wrong_option_is_named_with_its_value_and_the_fix(
         ("optim.clip_grad_norm", -1),
         ("train.epochs", 0),
         ("train.num_workers", 0),
+        ("train.num_workers", [0, 2]),
+        ("train.max_preemptions", -2),
+        ("train.start_timeout_s", 0),
+        ("train.resize_check_s", 0),
         ("train.accumulation_steps", 0),
         ("train.log_every_steps", 0),
-        ("train.keep_checkpoints", 0),
+        ("train.keep_last", 0),
         ("train.max_failures", -1),
         ("train.cpus_per_worker", -1),
         ("eval.every_epochs", -1),
@@ -179,6 +186,16 @@ def test_a_batch_that_does_not_split_names_those_that_do(
     message = problem({"train": values})
     assert message.startswith(f"train.global_batch_size={batch} does not split over")
     assert message.endswith(fix)
+
+
+def test_elastic_workers_are_a_pair_in_files_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {global_batch_size: 64, num_workers: [2, 4]}\n")
+    train = config_from_file(str(file)).train
+    assert (train.num_workers, train.min_workers, train.max_workers) == ((2, 4), 2, 4)
+    file.write_text(to_yaml(config_from_file(str(file), ["train.num_workers=[1,8]"])))
+    assert config_from_file(str(file)).train.num_workers == (1, 8)
+    assert config_from_file("", ["train.num_workers=8"]).train.min_workers == 8
 
 
 def test_what_is_judged_needs_both_collections() -> None:
@@ -316,3 +333,31 @@ def test_every_option_has_a_name_that_finds_it_and_harmless_ones_exist() -> None
         option_value(Config(), name)
     sections = {name.rpartition(".")[0] for name in names}
     assert set(MAY_CHANGE_ON_RESUME) <= {*names, *sections}
+
+
+@pytest.mark.parametrize("name", ["run.root", "data.shards", "data.sources", "eval.knn_train"])
+def test_a_uri_with_credentials_is_refused_without_repeating_them(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}.*: .*by the environment") as refused:
+        config_from_file("", [f"{name}=s3://KEYID:hunter2@bucket/a"])
+    assert "hunter2" not in str(refused.value)
+    assert "KEYID" not in str(refused.value)
+
+
+def test_yaml_that_would_grow_or_nests_too_deep_is_refused_in_words(tmp_path: Path) -> None:
+    bomb = "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nc: [*b, *b, *b, *b]\n"
+    texts = {bomb: "aliases", "a: " + "[" * 3000: "deep", "a: !!python/name:os.system": "YAML"}
+    for text, words in texts.items():
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            config_from_file(str(tmp_path / "a.yaml"))
+
+
+def test_the_best_are_kept_by_a_score_that_is_taken() -> None:
+    train = {"keep_best": 2}
+    with pytest.raises(ConfigError, match=r"keep_best_by=knn_top1 needs eval\.every_epochs"):
+        config_from_values({"train": train})
+    taken = {"every_epochs": 1, "knn_train": "a", "knn_test": "b"}
+    assert config_from_values({"train": train, "eval": taken}).train.keep_best == 2
+    by_probe = train | {"keep_best_by": "segmentation_miou"}
+    with pytest.raises(ConfigError, match=r"needs eval\.probe_every_epochs"):
+        config_from_values({"train": by_probe, "eval": taken})

@@ -7,6 +7,8 @@ from pcd_ray.ray_cluster import (
     Asked,
     WorkerShare,
     check_data_task,
+    check_outlives_job,
+    connect,
     needs_of,
     share_for_pool,
     share_for_workers,
@@ -76,6 +78,18 @@ def test_what_the_user_says_counts() -> None:
     given = share(have, 2, device="cpu", cpus_per_worker=3.0, threads_per_worker=5)
     assert given == WorkerShare(device="cpu", cpus=3.0, threads=5)
     assert share(LAPTOP, 5, cpus_per_worker=0.1).cpus == 0.1  # cores may be shared on purpose
+
+
+def test_of_an_elastic_pair_the_least_must_fit_and_each_gets_what_leaves_room_for_more() -> None:
+    assert share(LAPTOP, (1, 4)) == share(LAPTOP, 2)
+    gpus = cluster(8, gpus=2)
+    assert share(gpus, (1, 8)) == share(gpus, 2)
+    with pytest.raises(ClusterError, match=r"num_workers=3 with .* need 3 GPUs, the cluster has 2"):
+        share(gpus, (3, 8))
+    six = cluster(6, nodes=2)
+    assert share(six, (2, 8), cpus_per_worker=1.5).cpus == 1.5  # and a data task
+    with pytest.raises(ClusterError, match=r"num_workers=4 x 1\.5 CPUs and one data task"):
+        share(six, (4, 8), cpus_per_worker=1.5)
 
 
 def test_ray_is_never_asked_for_nothing() -> None:
@@ -230,3 +244,16 @@ def test_a_pool_is_as_large_as_the_nodes_that_are_there_and_one_where_none_are()
 def test_a_pool_on_gpus_that_are_not_there_is_refused() -> None:
     with pytest.raises(ClusterError, match="need 1 GPUs, the cluster has 0"):
         share_for_pool(LAPTOP, Asked(device="cuda"), most=4)
+
+
+def test_the_address_that_takes_jobs_is_not_one_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ClusterError, match=r"submit --address http://127\.0\.0\.1:8265 "):
+        connect()
+
+
+def test_nothing_is_stored_where_a_job_has_its_working_folder() -> None:
+    check_outlives_job("run.root", "s3://bucket/runs")
+    inside = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs"
+    with pytest.raises(ClusterError, match=r"run\.root=/tmp/ray/.* a place that all nodes share"):
+        check_outlives_job("run.root", inside)

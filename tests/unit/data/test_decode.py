@@ -1,6 +1,8 @@
 """What decodes, upright and in RGB, and the plain reason of what does not."""
 
 import io
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from PIL import Image
 
 from pcd_ray.config import DataConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, finish_rgb, open_image, upright_size
+from pcd_ray.data.packing import bad_images, pack_part, plan_packing
+from pcd_ray.data.sources import list_sources
 
 LIMIT = 1_000_000
 
@@ -119,3 +123,56 @@ def test_a_reduced_jpeg_keeps_at_least_the_size_asked_for() -> None:
         for size in ((801.0, 601.0), (400.0, 300.0), (390.0, 290.0), (100.0, 75.0), (3.0, 2.0))
     ]
     assert sizes == [(800, 600), (400, 300), (400, 300), (100, 75), (100, 75)]
+
+
+def _many_scans(side_px: int, scans: int) -> bytes:
+    """Return a progressive JPEG whose last pass over the pixels is asked for again and again."""
+    data = _encoded(Image.new("L", (side_px, side_px), 128), "JPEG", progressive=True)
+    end = data.rindex(b"\xff\xd9")
+    scan = data[data.rindex(b"\xff\xda") : end]
+    return data[:end] + scan * scans + data[end:]
+
+
+def test_a_small_file_that_takes_long_is_given_up_in_time() -> None:
+    """It would take about 20 s of processor time; what is over the limit is one block's."""
+    data = _many_scans(1600, 8000)
+    assert len(data) < 300_000
+    start = time.thread_time()
+    with pytest.raises(
+        UnreadableImage, match=r"^decoding takes more than data\.max_decode_s=0\.2$"
+    ):
+        decode_rgb(data, max_pixels=3_000_000, max_decode_s=0.2)
+    assert time.thread_time() - start < 3
+    assert decode_rgb(_many_scans(64, 20), max_pixels=LIMIT).size == (64, 64)
+
+
+def test_a_slow_image_is_listed_as_bad_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "good.png").write_bytes(_encoded(_noise(), "PNG"))
+    (tmp_path / "images" / "slow.jpg").write_bytes(_many_scans(1600, 8000))
+    plan = plan_packing(
+        list_sources([str(tmp_path / "images")]), seed=0, shard_bytes=10**7, max_pixels=10**7
+    )
+    record = pack_part(str(tmp_path / "packed"), plan, 0, max_decode_s=0.2)
+    assert len(record.images) == 1
+    assert [(key, reason) for key, _, reason in bad_images(plan, [record])] == [
+        ("slow.jpg", "decoding takes more than data.max_decode_s=0.2")
+    ]
+
+
+def test_a_program_that_calls_itself_an_image_is_not_run() -> None:
+    """Pillow would give PostScript to Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(UnreadableImage, match=r"^not an image$"):
+        decode_rgb(eps, max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_many_frames_cost_what_one_does(kind: str) -> None:
+    frames = [Image.new("RGB", (300, 300), (n, 0, 0)) for n in range(60)]
+    sink = io.BytesIO()
+    frames[0].save(sink, kind, save_all=True, append_images=frames[1:])
+    start = time.thread_time()
+    assert decode_rgb(sink.getvalue(), max_pixels=LIMIT).size == (300, 300)
+    assert time.thread_time() - start < 0.3

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcd_ray.data.plan import EpochPlan, RankPlan, SeenAudit, permuted, rank_span
+from pcd_ray.data.plan import EpochPlan, RankPlan, SeenAudit, permuted, rank_sizes, rank_span
 from pcd_ray.errors import ConfigError
 
 WEIGHTED = ((60, 0.5), (7, 2.0), (100, 1.0))
@@ -52,7 +52,7 @@ def test_the_seed_is_the_order() -> None:
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 7, 60])
 @pytest.mark.parametrize("start_step", [0, 1, 4])
 def test_ranks_together_read_the_stream_from_any_step(num_ranks: int, start_step: int) -> None:
     plan, batch = EpochPlan(((97, 1.0),), seed=2), 60
@@ -63,7 +63,9 @@ def test_ranks_together_read_the_stream_from_any_step(num_ranks: int, start_step
     ]
     rows = np.concatenate([plan.rows(*span)[1] for span in spans])
     assert np.array_equal(rows, plan.rows(start_step * batch, (start_step + 3) * batch)[1])
-    assert {stop - start for start, stop in spans} == {batch // num_ranks}
+    sizes = rank_sizes(num_ranks, batch)
+    assert [stop - start for start, stop in spans] == 3 * sizes
+    assert max(sizes) - min(sizes) <= (batch % num_ranks > 0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 33])
@@ -87,9 +89,10 @@ def test_an_epoch_may_end_inside_a_batch_and_no_image_is_lost() -> None:
     assert sorted(rows[:10].tolist()) == list(range(10))
 
 
-def test_a_batch_that_does_not_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size=10 does not split over 3"):
-        rank_span(0, 0, 3, 10)
+def test_a_rank_without_an_image_is_refused() -> None:
+    assert rank_sizes(3, 3) == [1, 1, 1]
+    with pytest.raises(ConfigError, match=r"batch_size=2 leaves some of 3 workers .*num_workers=2"):
+        rank_span(0, 0, 3, 2)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 2), (2, 4), (5, 8), (0.5, 1)])

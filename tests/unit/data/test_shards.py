@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pcd_ray import storage
-from pcd_ray.data import ranges
+from pcd_ray import patience, storage
 from pcd_ray.data.packing import finished_parts, pack_part, packed_index, plan_packing
 from pcd_ray.data.ranges import _ranges_of, by_filesystem
 from pcd_ray.data.shard_writer import ShardWriter, publish_shards
@@ -280,7 +279,7 @@ def test_a_file_that_is_gone_or_too_short_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(patience, "PAUSES_S", (0.0, 0.0))
 
 
 def _failing(times: int, calls: list[str]) -> Callable[..., bytes]:
@@ -326,7 +325,7 @@ def test_a_read_that_goes_on_failing_is_the_storages_error_and_no_bad_image(
 def test_a_file_that_is_gone_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "RETRY_PAUSES_S", (1e9,))
+    monkeypatch.setattr(patience, "PAUSES_S", (1e9,))
     (tmp_path / "a").write_bytes(b"in the way of a folder")
     for uri in (f"{tmp_path}/gone", f"{tmp_path}/a/b", str(tmp_path)):
         with pytest.raises(ShardError, match="check that it is still there"):
@@ -354,9 +353,9 @@ def test_files_of_one_bucket_share_a_connection_whatever_their_names() -> None:
 def test_object_stores_are_read_by_range_too(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())  # not a LocalFileSystem
-    assert _ranges_of(store, "a", [(8, 2), (0, 3)], "mend it") == [b"89", b"012"]
+    assert _ranges_of("s3://b/a", store, "a", [(8, 2), (0, 3)], "mend it") == [b"89", b"012"]
     for wanted in ((8, 4), (11, 1)):
         with pytest.raises(ShardError, match="a: ends before byte 12"):
-            _ranges_of(store, "a", [wanted], "mend it")
+            _ranges_of("s3://b/a", store, "a", [wanted], "mend it")
     with pytest.raises(ShardError, match="gone: cannot be read"):
-        _ranges_of(store, "gone", [(8, 4)], "mend it")
+        _ranges_of("s3://b/gone", store, "gone", [(8, 4)], "mend it")

@@ -13,7 +13,7 @@ from pcd_ray.distill.diagnostics import chance_loss
 from pcd_ray.distill.loss import IMPLEMENTATIONS
 from pcd_ray.distill.loss import KINDS as LOSSES
 from pcd_ray.distill.pairing import KINDS
-from pcd_ray.distill.step import DistillSettings, ViewBatch, pairs_per_part
+from pcd_ray.distill.step import DistillSettings, ViewBatch, total_pairs
 from pcd_ray.distill.student import Student
 from pcd_ray.distill.teacher import FrozenTeacher
 
@@ -212,7 +212,7 @@ def test_only_the_student_gets_a_gradient(kind: str) -> None:
     assert not any(rows.requires_grad for rows in kept)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 3, 4])
 @pytest.mark.parametrize(
     ("kind", "pairing", "implementation"),
     [
@@ -231,13 +231,13 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch(
     grid = tuple(whole(views().student)[0].shape[2:])
     how = settings(pairing, implementation=implementation, grid=grid, kind=kind)
     one_step(whole, teacher, negatives, views(), how).loss.backward()
-    num_pairs = pairs_per_part(views(), how, parts=parts)
-    results = [
-        one_step(split, teacher, negatives, part, how, num_pairs=num_pairs)
-        for part in views().split(parts)
-    ]
-    for result in results:
-        (result.loss / parts).backward()
+    pairs = total_pairs(views(), how)
+    results = []
+    for part in views().split(parts):
+        share = len(part.student) / 4
+        num_pairs = None if pairs is None else pairs * share
+        results.append(one_step(split, teacher, negatives, part, how, num_pairs=num_pairs))
+        (results[-1].loss * share).backward()
     for p, q in zip(whole.parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-13)
     keys = one_step(whole, teacher, negatives, views(), how).keys
@@ -251,6 +251,7 @@ def test_split_cuts_every_part_of_a_batch_in_order() -> None:
     for name in ("student", "teacher", "student_box", "teacher_box"):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(joined, getattr(batch, name))
+    assert [len(part.student) for part in batch.split(4)] == [2, 2, 1, 1]
     assert batch.split(1) == [batch]
     assert all(part.teacher is part.student for part in views(6, shared=True).split(3))
 

@@ -285,20 +285,32 @@ def test_numpys_name_of_before_its_second_version_is_known(tmp_path: Path) -> No
     assert read_weights(str(path)).beside == ("acc", "array")
 
 
+class Runs:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> object:
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_names_of_methods_are_left_out_and_not_looked_up(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "curves.pth"
+    content = {"state_dict": WEIGHTS, "curves": Runs(getattr, "text", "no_such_method")}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert read_weights(str(path)).beside == ("curves",)
+    with pytest.raises(AttributeError):
+        torch.load(path, weights_only=False)  # the look-up is a real one
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_no_weights_need_is_named_and_refused(zipped: bool, tmp_path: Path) -> None:
-    class Runs:
-        def __init__(self, function: object, *arguments: object) -> None:
-            self.call = (function, arguments)
-
-        def __reduce__(self) -> object:
-            return self.call
-
     path = tmp_path / "attack.pth"
     for function, name in (
         (os.system, "posix.system"),
         (eval, "eval"),
-        (getattr, "getattr"),
         (argparse.ArgumentParser, "argparse.ArgumentParser"),
         (np.load, "numpy.load"),
         (functools.partial, "functools.partial"),

@@ -123,6 +123,19 @@ def test_a_new_log_goes_on_after_the_step_that_training_goes_on_from(tmp_path: P
     ]
 
 
+def test_a_loss_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
+    console = io.StringIO()
+    log = new_log(tmp_path, console)
+    log.resume_at(0)  # how every run begins
+    log.lost("lost: worker 1 died")
+    log.lost("lost: worker 0, 1 died")  # Ray asks again while it cleans up
+    log.resume_at(4)
+    log.close()
+    first, second = console.getvalue().splitlines()
+    assert first == "warning: lost: worker 1 died"
+    assert second == "training again 0 s after the loss"
+
+
 def test_it_is_written_from_time_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("pcd_ray.train.run_log.time.monotonic", lambda: now[0])

@@ -10,12 +10,20 @@ import torch
 from stored_shards import write_shards
 from tiny import images, tiny_config
 
-from pcd_ray.config import Config
+from pcd_ray.config import Config, TrainConfig
+from pcd_ray.data.plan import rank_sizes
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build import fit_pca_head, load_teacher
 from pcd_ray.errors import WeightsError
-from pcd_ray.train.run_plan import RunPlan, plan_run
+from pcd_ray.train.run_plan import (
+    RunPlan,
+    elastic_line,
+    images_per_pass,
+    passes_of,
+    plan_run,
+    precision_note,
+)
 
 NUM_IMAGES, POSITIONS, CHANNELS = 3, 4, 96  # of the shards and of test_resnet at 64 px
 
@@ -73,12 +81,14 @@ def test_a_head_that_cannot_be_fitted_is_refused_before_workers_try(
             attempt()
 
 
-def planned(folder: Path, **sections: dict[str, Any]) -> RunPlan:
+def planned(
+    folder: Path, train: dict[str, Any] | None = None, **sections: dict[str, Any]
+) -> RunPlan:
     """The plan of 12 steps of one image each."""
     config = tiny_config(
         run={"root": str(folder), "name": "new"},
         teacher={"weights": str(folder / "teacher.safetensors")},
-        train={"global_batch_size": 1, "epochs": 4},
+        train={"global_batch_size": 1, "epochs": 4} | (train or {}),
         **sections,
     )
     return plan_run(config, open_shards(str(folder / "packed")), device="cpu")
@@ -140,6 +150,51 @@ def test_memory_is_planned_for_the_pixels_that_the_loss_compares(folder: Path) -
     assert enlarged - pooled == pytest.approx(more, abs=0.011)  # two decimals each
 
 
+def test_an_elastic_plan_says_both_ends_and_keeps_its_passes(folder: Path) -> None:
+    batch = {"global_batch_size": 12, "epochs": 40, "accumulation_steps": 2}
+    most, elastic = (planned(folder, batch | {"num_workers": n}) for n in (3, (1, 3)))
+    assert (most.num_workers, most.batch_size_per_worker, most.images_per_pass) == (3, 4, 2)
+    assert (elastic.num_workers, elastic.batch_size_per_worker) == ((1, 3), 12)
+    assert elastic.images_per_pass == most.images_per_pass
+    assert elastic.peak_learning_rate == most.peak_learning_rate
+    assert elastic.summary()["num_workers"] == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("workers", "kept"),
+    [
+        (2, "2 of 2 to 4 workers: the global batch of 64 is kept as 32 images each in 2 passes; "),
+        (3, "3 of 2 to 4 workers: the global batch of 64 is kept as 21 or 22 images each in 2 "),
+        (4, "4 of 2 to 4 workers: the global batch of 64 is kept as 16 images each in 1 pass; "),
+    ],
+)
+def test_an_elastic_run_says_how_its_batch_is_kept(workers: int, kept: str) -> None:
+    train = TrainConfig(global_batch_size=64, num_workers=(2, 4))
+    assert elastic_line(train, workers).startswith(kept)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+@pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
+def test_a_pass_never_holds_more_images_than_with_the_most_workers(
+    most: int, accumulation_steps: int
+) -> None:
+    batch = 24 * accumulation_steps
+    train = TrainConfig(
+        global_batch_size=batch, num_workers=(1, most), accumulation_steps=accumulation_steps
+    )
+    assert images_per_pass(train) * most * accumulation_steps == batch
+    assert passes_of(train, most) == accumulation_steps
+    for workers in range(1, most + 1):
+        for size in rank_sizes(workers, batch):
+            assert size >= passes_of(train, workers)  # no pass is empty
+            assert -(-size // passes_of(train, workers)) <= images_per_pass(train)
+
+
+def test_passes_of_one_image_stay_filled_where_the_batch_does_not_split() -> None:
+    train = TrainConfig(global_batch_size=4, num_workers=(1, 4))
+    assert [passes_of(train, workers) for workers in (1, 2, 3, 4)] == [4, 2, 1, 1]
+
+
 def test_a_queue_that_the_run_cannot_fill_is_noted(folder: Path) -> None:
     plan = planned(folder, loss={"queue_size": 13})
     (note,) = plan.summary()["notes"].items()
@@ -149,3 +204,11 @@ def test_a_queue_that_the_run_cannot_fill_is_noted(folder: Path) -> None:
     assert len(note[1]) < 140  # a line of the printed plan holds 160, with larger numbers
     assert planned(folder, loss={"queue_size": 13, "kind": "image"}).notes == plan.notes
     assert planned(folder, loss={"queue_size": 13, "kind": "mse"}).notes == {}
+
+
+def test_bf16_is_noted_where_a_cpu_computes_it_in_software() -> None:
+    (note,) = precision_note("bf16", "cpu", "AVX2").items()
+    assert note[0] == "train.precision"
+    assert note[1].endswith("use train.precision=fp32")
+    for others in (("fp32", "cpu", "AVX2"), ("bf16", "cuda", "AVX2"), ("bf16", "cpu", "AVX512")):
+        assert precision_note(*others) == {}

@@ -8,9 +8,12 @@ import pytest
 from optuna.trial import TrialState
 from tiny import tiny_config
 
+from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_from_file, option_value
 from pcd_ray.errors import ConfigError
+from pcd_ray.ray_events import Event
+from pcd_ray.tune import ray_trial
 from pcd_ray.tune.ray_search import (
     EPOCH,
     FINISHED,
@@ -149,6 +152,49 @@ def test_the_stopping_rule_remembers_trials_of_earlier_sittings(tmp_path: Path) 
         fresh.on_trial_add(None, trial)
     alone: Any = _Trial("new_10.0")
     assert fresh.on_trial_result(None, alone, report(10.0, 1)) == "CONTINUE"
+
+
+def test_the_median_rule_remembers_too_and_pauses_none(tmp_path: Path) -> None:
+    config = searching(tmp_path, scheduler="median")
+    searcher = search(config)
+    for number, score in enumerate((60.0, 70.0, 80.0)):
+        finish(searcher, str(number), score)
+    rule = stopping_rule(config, opened(config))  # no controller to ask whether others wait
+    for score, decision in ((90.0, "CONTINUE"), (10.0, "STOP")):
+        trial: Any = _Trial(f"new_{score}")
+        rule.on_trial_add(None, trial)
+        assert rule.on_trial_result(None, trial, report(score, 4)) == decision
+
+
+def test_the_score_of_the_last_epoch_ends_no_trial_that_is_still_to_be_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", told.append)
+    reporter = ray_trial.Reporter(searching(tmp_path))
+    for epoch in (1, 2, 3, 4):
+        reporter(Event("metrics", 10 * epoch, float(epoch), {names.KNN_TOP1: 50.0}))
+    assert [each[EPOCH] for each in told] == [1, 2, 3]
+
+
+def test_a_changed_space_is_told_option_by_option(tmp_path: Path) -> None:
+    opened(searching(tmp_path))
+    other = {"loss.temperature": {"log": [0.03, 0.4]}, "student.ema": {"uniform": [0.0, 0.9]}}
+    with pytest.raises(ConfigError) as error:
+        opened(searching(tmp_path, space=other))
+    said = str(error.value)
+    assert "loss.temperature: {'log': [0.03, 0.5]} -> {'log': [0.03, 0.4]}" in said
+    assert "student.mhsa.depth: {'choice': [0, 1, 2]} -> not searched" in said
+    assert "student.ema: not searched -> {'uniform': [0.0, 0.9]}" in said
+
+
+def test_other_packed_images_are_another_sweep(tmp_path: Path) -> None:
+    config = searching(tmp_path)
+    space, folder = open_space(config), RunFolder.of(config)
+    open_study(config, space, folder, data_sha256="a" * 64)
+    open_study(config, space, folder, data_sha256="a" * 64)
+    with pytest.raises(ConfigError, match="the packed images at"):
+        open_study(config, space, folder, data_sha256="b" * 64)
 
 
 @pytest.mark.parametrize(
