@@ -35,6 +35,7 @@ EVENT_S = 300.0
 HEAD_ALONE = {"head": 1}
 _STARTED = "This command will now block forever"
 _ATTEMPTS = 5
+_STATUS_CHARS = 3000
 HEAD_TYPE = "ray.head.default"  # the fake provider knows no other
 _COMMANDS = [
     "initialization_commands",
@@ -181,7 +182,11 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             watcher.join()
             end_session(head.pid)
             head.wait()
-            print((tmp_path / "head.log").read_text())
+            begun = found.counts[0][0]
+            for when, counts in found.counts:
+                print(f"{when - begun:6.1f} s  {counts}")
+            for monitor in Path(folder).glob("session_2*/logs/monitor.log"):
+                print(monitor.read_text()[-_STATUS_CHARS:])  # what the autoscaler saw last
 
 
 def _head(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -271,10 +276,6 @@ def test_a_cluster_grows_for_a_run_and_shrinks_again(cluster: Cluster, tmp_path:
         _check(cluster, tmp_path, did)
         # nothing that is left behind keeps nodes up
         wait_for(lambda: cluster.nodes() == HEAD_ALONE, timeout_s=EVENT_S)
-    begun = cluster.counts[0][0]
-    print("nodes over time:")
-    for when, counts in cluster.counts:
-        print(f"  {when - begun:5.1f} s  {counts}")
 
 
 def _check(cluster: Cluster, tmp_path: Path, did: dict[str, Any]) -> None:
