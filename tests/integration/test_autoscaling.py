@@ -158,7 +158,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     address = f"{host}:{port}"
     home = tmp_path / "home"
     home.mkdir()
-    launcher = home / "ray_bootstrap_config.yaml"  # YAML, of which JSON is a part
+    launcher = home / "ray_bootstrap_config.yaml"  # JSON, as Ray writes it
     launcher.write_text(json.dumps(_launcher(address)))
     with tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True) as folder:
         command = f"""start --head --block --num-cpus=0 --port={port} --node-ip-address={host}
