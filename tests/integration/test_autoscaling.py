@@ -7,7 +7,6 @@ resources and ignores labels when it decides what is missing, so that a worker, 
 of 3 CPUs whole, must not fit on a node of 2.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -54,7 +53,6 @@ for name, *words in json.loads(sys.argv[1]):
     code = main(words)
     came = {"name": name, "code": code, "begun": begun, "ended": time.time()}
     print(json.dumps(came), flush=True)
-sys.stdin.read()  # still connected
 """
 
 
@@ -223,38 +221,28 @@ def _watch(cluster: Cluster, over: threading.Event) -> None:
         cluster.look()
 
 
-@contextlib.contextmanager
-def _driven(cluster: Cluster, folder: Path, steps: list[list[str]]) -> Iterator[dict[str, Any]]:
-    """Run verbs in one driver on the head; yield what came of each, and what it wrote.
-
-    The driver stays connected to the cluster until the block has ended.
-    """
+def _driven(cluster: Cluster, folder: Path, steps: list[list[str]]) -> dict[str, Any]:
+    """Run verbs in one driver on the head, to its end; return what came of each, and its output."""
     out, err = folder / "out.txt", folder / "err.txt"
     with out.open("w") as stdout, err.open("w") as stderr:
         driver = subprocess.Popen(
             [sys.executable, "-c", DRIVER, json.dumps(steps)],
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             cwd=folder,
             env=_environment(cluster.home) | {"RAY_ADDRESS": cluster.address},
             start_new_session=True,
         )
-
-    def came() -> dict[str, Any]:
-        parsed = [json.loads(x) for x in out.read_text().splitlines() if x.startswith('{"name"')]
-        return {step["name"]: step for step in parsed}
-
     try:
-        wait_for(
-            lambda: len(came()) == len(steps) or driver.poll() is not None, timeout_s=2 * EVENT_S
-        )
-        yield {**came(), "out": out.read_text(), "err": err.read_text()}
-        assert driver.poll() is None
+        driver.wait(timeout=2 * EVENT_S)
     finally:
-        print(out.read_text(), err.read_text(), sep="\n")
         end_session(driver.pid)
         driver.wait()
+        print(out.read_text(), err.read_text(), sep="\n")
+    told = [json.loads(x) for x in out.read_text().splitlines() if x.startswith('{"name"')]
+    came = {step["name"]: step for step in told}
+    return {**came, "out": out.read_text(), "err": err.read_text()}
 
 
 def test_a_cluster_grows_for_a_run_and_shrinks_again(cluster: Cluster, tmp_path: Path) -> None:
@@ -272,10 +260,9 @@ def test_a_cluster_grows_for_a_run_and_shrinks_again(cluster: Cluster, tmp_path:
         ["plan", "train", run, "--dry-run", "--json"],
         ["train", "train", run, "train.device=cpu"],
     ]
-    with _driven(cluster, tmp_path, steps) as did:
-        _check(cluster, tmp_path, did)
-        # nothing that is left behind keeps nodes up
-        wait_for(lambda: cluster.nodes() == HEAD_ALONE, timeout_s=EVENT_S)
+    _check(cluster, tmp_path, _driven(cluster, tmp_path, steps))
+    # nothing that a job leaves behind keeps nodes up
+    wait_for(lambda: cluster.nodes() == HEAD_ALONE, timeout_s=EVENT_S)
 
 
 def _check(cluster: Cluster, tmp_path: Path, did: dict[str, Any]) -> None:
