@@ -111,7 +111,7 @@ def _launcher(address: str) -> dict[str, Any]:
     return {
         "cluster_name": "test",
         "max_workers": 3,
-        "idle_timeout_minutes": 0.2,
+        "idle_timeout_minutes": 0.75,  # on a busy machine a process takes long to start on a node
         "upscaling_speed": 10,
         "provider": {
             "type": "fake_multinode",
