@@ -4,6 +4,7 @@ Ray does not tell what its autoscaler may bring. It is read from where the clust
 its configuration on the head, or stated in ``run.autoscaled_nodes``.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +13,12 @@ from typing import Any
 
 import ray
 import ray.util
-import yaml
 
 from pcd_ray.errors import ClusterError
 
 HEAD = "node:__internal_head__"
 """Resource that the head alone has."""
-_LAUNCHERS_FILE = "~/ray_bootstrap_config.yaml"  # where ``ray up`` puts it on the head
+_LAUNCHERS_FILE = "~/ray_bootstrap_config.yaml"  # as ``ray up`` writes it on the head: JSON
 _LOOK_EVERY_S = 1.0
 _SAY_AFTER_S = (0.0, 15.0, 30.0, 60.0, 120.0)  # then as often as from the last but one to the last
 _SLACK = 1e-6  # Ray counts in parts of 1e-4
@@ -104,7 +104,7 @@ def launchers_nodes(text: str) -> list[Node]:
     """Return the kinds of nodes that a configuration of the cluster launcher may bring, and how
     many of each; kinds whose resources it does not say are left out.
     """  # noqa: D205 - one sentence
-    config: dict[str, Any] = yaml.safe_load(text) or {}
+    config: dict[str, Any] = json.loads(text)
     limit = config.get("max_workers", 2)  # the launcher's own default
     found = []
     for name, kind in config.get("available_node_types", {}).items():
@@ -239,7 +239,7 @@ def _of_launcher() -> list[Node]:
         return []
     try:
         return launchers_nodes(place.read_text())
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ClusterError(
             f"{place} is no configuration of the cluster launcher ({error}); mend it, or state "
             "what the autoscaler may bring in run.autoscaled_nodes"

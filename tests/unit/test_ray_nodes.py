@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from pcd_ray.config import config_from_values
@@ -5,26 +7,27 @@ from pcd_ray.errors import ConfigError
 from pcd_ray.ray_nodes import Need, Node, fits, launchers_nodes, room_for, with_autoscaled
 
 DATA, TRAIN = {"pool": "data"}, {"pool": "train"}
-LAUNCHERS = """
-max_workers: 5
-head_node_type: head
-available_node_types:
-  head: {resources: {CPU: 0, GPU: 0}, node_config: {}}
-  data: {resources: {CPU: 32}, labels: {pool: data}, max_workers: 9}
-  train: {resources: {CPU: 48, GPU: 4}, labels: {pool: train}, max_workers: 2}
-  on_demand: {resources: {CPU: 48, GPU: 4}, labels: {pool: train}, max_workers: 0}
-  unknown: {node_config: {InstanceType: m5.large}}
-  free: {resources: {CPU: 1}}
-"""
+LAUNCHERS = {
+    "max_workers": 5,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0, "GPU": 0}, "node_config": {}},
+        "data": {"resources": {"CPU": 32}, "labels": DATA, "max_workers": 9},
+        "train": {"resources": {"CPU": 48, "GPU": 4}, "labels": TRAIN, "max_workers": 2},
+        "on_demand": {"resources": {"CPU": 48, "GPU": 4}, "labels": TRAIN, "max_workers": 0},
+        "unknown": {"node_config": {"InstanceType": "m5.large"}},
+        "free": {"resources": {"CPU": 1}},
+    },
+}
 
 
 def test_the_launchers_file_says_what_may_come() -> None:
-    assert launchers_nodes(LAUNCHERS) == [
+    assert launchers_nodes(json.dumps(LAUNCHERS)) == [
         Node(32, 0, DATA, 5),  # no more than max_workers of all
         Node(48, 4, TRAIN, 2),
         Node(1, 0, {}, 5),
     ]
-    assert launchers_nodes("") == []
+    assert launchers_nodes("{}") == []
 
 
 def test_nodes_that_the_autoscaler_has_brought_count_once() -> None:
