@@ -119,11 +119,17 @@ def _weights(uri: str) -> InspectResult:
             "parameters": sum(value.numel() for value in parts.backbone.values()),
             "head": layer_names(head) or f"none: {headless_words(parts)}",
             "output_width": output_width(parts.head, 0) if parts.head is not None else None,
+            "mean": _statistics(parts.mean),
+            "std": _statistics(parts.std),
             "unused": parts.unused,
             "licence": parts.licence or "unknown",
             "file_sha256": file.sha256,
         },
     )
+
+
+def _statistics(values: tuple[float, ...] | None) -> list[float] | str:
+    return "what timm says of the network" if values is None else list(values)
 
 
 def _checkpoint(uri: str, kind: str) -> InspectResult:

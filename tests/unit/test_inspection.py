@@ -66,6 +66,7 @@ def test_weights_of_timm(tmp_path: Path) -> None:
     assert str(found["network"]).endswith("; set teacher.arch")
     assert str(found["head"]).startswith("none: it is the backbone alone")
     assert found["licence"] == "unknown"
+    assert found["mean"] == found["std"] == "what timm says of the network"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,7 @@ def test_a_teacher_as_published(tmp_path: Path) -> None:
     assert (found["method"], found["licence"], found["output_width"]) == ("DINO", "Apache-2.0", 8)
     assert found["network"] == "vit_tiny_patch16_224 (img_size=224, dynamic_img_size=True)"
     assert found["head"] == ["Linear 192-64", "GELU", "Linear 64-64", "GELU", "Linear 64-8"]
+    assert (found["mean"], found["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert found["file_sha256"] == hashlib.sha256(Path(uri).read_bytes()).hexdigest()
     beside = {"student", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"}
     assert set(found["unused"]) == {"head.last_layer."} | beside
