@@ -63,9 +63,7 @@ class OpenStudy:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
 
-def open_study(
-    config: Config, space: Space, folder: RunFolder, *, data_sha256: str = ""
-) -> OpenStudy:
+def open_study(config: Config, space: Space, folder: RunFolder, *, data_sha256: str) -> OpenStudy:
     """Return the sweep's study, new or as it was left.
 
     Args:

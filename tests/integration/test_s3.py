@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -72,17 +73,23 @@ FILES = ("state.pt", "config.yaml", "checkpoint.json")
 
 
 class Outage:
-    """Lets the store refuse all writes for a while, once a run has come to a step."""
+    """Lets the store refuse all writes once training says a step, until a while after the first."""
 
-    def __init__(self, server: S3Server, step: int) -> None:
-        self.server, self.step = server, step
+    def __init__(self, server: S3Server) -> None:
+        self.server = server
         self.refused = 0
+        self._began = False
         self._over = threading.Timer(OUTAGE_S, self._end)
 
     def listen(self, event: Event) -> None:
-        if event.kind == "metrics" and event.step == self.step:
-            self.server.fail(float("inf"), "busy", writing)
+        if event.kind == "metrics" and not self._began:
+            self._began = True
+            self.server.fail(float("inf"), "busy", self._writing)
+
+    def _writing(self, environ: dict[str, Any]) -> bool:
+        if writing(environ) and not self._over.ident:  # under the server's lock
             self._over.start()
+        return writing(environ)
 
     def _end(self) -> None:
         self.refused = self.server.failed
@@ -110,7 +117,7 @@ def test_pack_train_stop_resume_export_in_a_bucket_that_fails_now_and_then(
     assert find_checkpoint(folder.uri).about["step"] == kept[-1]
 
     capfd.readouterr()
-    outage = Outage(server, EPOCH_STEPS + 5)
+    outage = Outage(server)
     result = train(config, listener=outage.listen)
     assert outage.refused > 0
     said = capfd.readouterr().err

@@ -20,6 +20,7 @@ from tiny_run import changed, prepare
 
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
 from pcd_ray.config import Config, config_from_file, to_yaml
+from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
 from pcd_ray.tune.ray_sweep import SweepResult, sweep
 from pcd_ray.tune.space import open_space
@@ -106,7 +107,8 @@ def test_a_trial_that_is_stopped_early_frees_what_it_reserved(
         train={"epochs": 40, "cpus_per_worker": 1.2},
         tune={"trials": 8, "scheduler": "asha", "own_values_first": False},
     )
-    opened = open_study(config, open_space(config), RunFolder.of(config))
+    images = open_shards(config.data.shards).content_hash
+    opened = open_study(config, open_space(config), RunFolder.of(config), data_sha256=images)
     for number in range(6):  # better than any real trial can be at the first rung
         opened.study.add_trial(
             create_trial(

@@ -248,6 +248,7 @@ def test_a_pool_on_gpus_that_are_not_there_is_refused() -> None:
 
 def test_the_address_that_takes_jobs_is_not_one_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by a test before in this process
     with pytest.raises(ClusterError, match=r"submit --address http://127\.0\.0\.1:8265 "):
         connect()
 

@@ -19,7 +19,7 @@ SPACE = {"loss.temperature": {"log": [0.03, 0.5]}, "student.mhsa.depth": {"choic
 def test_stopped_and_failed_trials_have_pages_too(tmp_path: Path) -> None:
     config = tiny_config(run={"root": str(tmp_path), "name": "s"}, tune={"space": SPACE})
     folder, space = RunFolder.of(config), open_space(config)
-    opened = open_study(config, space, folder)
+    opened = open_study(config, space, folder, data_sha256="a" * 64)
     search = StudySearch(opened, space, config, folder.file("trials"))
     for trial_id in "abcde":
         search.suggest(trial_id)
@@ -56,7 +56,7 @@ def test_stopped_and_failed_trials_have_pages_too(tmp_path: Path) -> None:
 def test_a_trial_whose_lines_hold_nothing_to_draw_has_a_page(tmp_path: Path) -> None:
     config = tiny_config(run={"root": str(tmp_path), "name": "s"}, tune={"space": SPACE})
     folder, space = RunFolder.of(config), open_space(config)
-    opened = open_study(config, space, folder)
+    opened = open_study(config, space, folder, data_sha256="a" * 64)
     search = StudySearch(opened, space, config, folder.file("trials"))
     search.suggest("a")
     own = tmp_path / "s" / "trials" / "trial_0000"
