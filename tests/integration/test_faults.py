@@ -162,6 +162,12 @@ def assert_same_end(one: Checkpoint, other: Checkpoint) -> None:
     (queue,), (expected,) = one.state["queues"], other.state["queues"]
     assert torch.equal(queue["negatives"], expected["negatives"])
     assert queue["num_pushed"] == expected["num_pushed"] == STEPS * BATCH
+    assert one.state["audit"] == other.state["audit"]
+
+
+def logged_steps(run: RunFolder) -> list[int]:
+    lines = Path(run.file("metrics.jsonl")).read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def lose_a_worker(command: Command, cluster: FaultyCluster) -> int:
@@ -204,6 +210,7 @@ def test_a_run_that_loses_worker_driver_machine_and_head_ends_as_if_it_had_not(
     stored = find_checkpoint(third.run.uri)
     assert_same_end(find_checkpoint(undisturbed.run.uri), stored)
     assert_each_image_once(stored, EPOCHS)
+    assert logged_steps(third.run) == logged_steps(undisturbed.run)
     print(
         f"seconds until training went on: worker {first.recovery_s()}, "
         f"driver {second.begun_s:.0f}, machine {second.recovery_s()}, head {third.begun_s:.0f}"

@@ -1,7 +1,6 @@
 """Real Ray: whole runs, and runs that are stopped, killed, changed or misled."""
 
 import contextlib
-import copy
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from processes import train_workers, wait_for
+from processes import wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import NUM_IMAGES, STEPS, changed, prepare, write_images, write_teacher
 
@@ -93,21 +91,6 @@ def content_of(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-def assert_same_end(one: Checkpoint, other: Checkpoint) -> None:
-    """Both runs have come to the same numbers, to the bit."""
-    assert one.state["step"] == other.state["step"] == STEPS
-    pairs = [(one.state[part], other.state[part]) for part in ("student", "average")]
-    pairs += zip(one.state["queues"], other.state["queues"], strict=True)
-    for left, right in pairs:
-        assert left.keys() == right.keys()
-        for name, value in left.items():
-            same = (
-                torch.equal(value, right[name]) if torch.is_tensor(value) else value == right[name]
-            )
-            assert same, name
-    assert one.state["audit"] == other.state["audit"]
 
 
 def assert_each_image_once(stored: Checkpoint) -> None:
@@ -222,10 +205,7 @@ def test_the_student_is_there_for_timm(reference: Reference) -> None:
 def test_the_same_command_again_takes_no_step_and_says_the_same(reference: Reference) -> None:
     before = content_of(Path(RunFolder.of(reference.config).checkpoints))
     again, console = trained(reference.config)
-    first, second = (copy.deepcopy(each.summary()) for each in (reference.result, again))
-    for summary in (first, second):
-        del summary["plan"]["scale"]  # follows from the time that an image takes, measured anew
-    assert second == first
+    assert again.summary() == reference.result.summary()
     assert again.history == reference.result.history
     assert "step " not in console
     assert content_of(Path(RunFolder.of(reference.config).checkpoints)) == before
@@ -262,39 +242,6 @@ def test_another_teacher_or_other_images_under_an_old_name_are_refused(
 
 def resumed_at(console: str) -> list[int]:
     return [int(step) for step in re.findall(rf"resumed at step (\d+) of {STEPS}", console)]
-
-
-def kill_a_worker_after(config: Config, step: int) -> threading.Thread:
-    """Kill one of a run's two workers as soon as a checkpoint of ``step`` is whole."""
-    mark = Path(RunFolder.of(config).checkpoints) / checkpoint_name(step) / "checkpoint.json"
-
-    def kill() -> None:
-        wait_for(mark.exists, timeout_s=EVENT_S)
-        os.kill(train_workers(os.getpid())[-1], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_a_worker_that_is_killed_costs_nothing_but_time(
-    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = of_name(reference.config, "worker_killed")
-    file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(config))
-    killer = kill_a_worker_after(config, step=4)
-    assert main(["train", str(file), "--json"]) == 0
-    killer.join()
-    out, err = capsys.readouterr()
-    assert json.loads(out)["step"] == STEPS  # whatever Ray says of the death, it is JSON alone
-    (step,) = resumed_at(err)
-    assert 4 <= step < STEPS
-    assert_same_end(newest(reference.config), newest(config))
-    assert_each_image_once(newest(config))
-    lines = (Path(RunFolder.of(config).uri) / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line)["step"] for line in lines]
-    assert found == [line["step"] for line in reference.result.history]
 
 
 def start_command(config: Config, folder: Path) -> "subprocess.Popen[str]":
@@ -339,29 +286,6 @@ def test_ctrl_c_stops_a_run_in_words_and_the_same_command_can_go_on(
     assert err.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
     assert "Traceback" not in err
     assert newest(config).about["step"] >= 4
-
-
-def test_a_driver_that_is_killed_goes_on_with_the_same_command(
-    reference: Reference, tmp_path: Path
-) -> None:
-    config = of_name(reference.config, "driver_killed")
-    command = start_command(config, tmp_path)
-    try:
-        wait_for_a_checkpoint(command, config)
-        orphans = train_workers(command.pid)
-    finally:
-        command.kill()
-        command.communicate()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans), timeout_s=EVENT_S)
-    before = checkpoint_steps(RunFolder.of(config))
-    assert before[-1] < STEPS
-    again = start_command(config, tmp_path)
-    out, err = again.communicate(timeout=EVENT_S)
-    assert again.returncode == 0, err
-    summary = json.loads(out)  # nothing but JSON on stdout
-    assert summary["step"] == STEPS
-    assert resumed_at(err) == before[-1:]
-    assert_same_end(newest(reference.config), newest(config))
 
 
 def half_way(reference: Reference, name: str, **sections: dict[str, Any]) -> Config:

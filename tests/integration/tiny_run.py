@@ -92,6 +92,7 @@ def run_under(root: str) -> Config:
                 "log_every_steps": 2,
                 "checkpoint_every_steps": 4,
             },
+            "scale": {"cpu_ms_per_image": 1.0},  # else it is measured, and summaries differ
             "eval": {"every_epochs": 1, "knn_train": train, "knn_test": test, "knn_k": 5},
         }
     )
