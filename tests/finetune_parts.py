@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcd_ray.evaluate.finetune import FinetuneState, finetune_steps, new_state
-from pcd_ray.evaluate.finetune_settings import FinetuneSettings
+from pcd_ray.evaluate.finetune.finetune import FinetuneState, finetune_steps, new_state
+from pcd_ray.evaluate.finetune.finetune_settings import FinetuneSettings
 
 CPU = torch.device("cpu")
 CLASSES = 4

@@ -1,1 +1,1 @@
-"""A checkpoint to numbers and pictures."""
+"""A checkpoint to numbers and pictures: here what all judging shares, a room for each kind."""

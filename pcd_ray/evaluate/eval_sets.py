@@ -15,8 +15,8 @@ from pcd_ray.data.ranges import REMOTE_READS
 from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, naming
-from pcd_ray.evaluate.segmentation_data import SegmentationData
-from pcd_ray.evaluate.segmentation_layouts import open_layout
+from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
+from pcd_ray.evaluate.segment.segmentation_layouts import open_layout
 
 KNN_SAMPLE = 500
 """Images of each kNN set that are decoded before training."""

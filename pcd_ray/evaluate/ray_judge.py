@@ -28,14 +28,14 @@ from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.build import build_student, load_teachers
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import ClusterError, ConfigError, PcdError, naming
+from pcd_ray.evaluate.classify.ray_knn import knn_scores
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps, segmentation_grid, views_grid
 from pcd_ray.evaluate.necks import stored_student
-from pcd_ray.evaluate.pixel_pictures import draw_pixel_pictures
-from pcd_ray.evaluate.ray_knn import knn_scores
-from pcd_ray.evaluate.segmentation import ProbeResult, linear_probe_miou
-from pcd_ray.evaluate.segmentation_data import SegmentationData
+from pcd_ray.evaluate.pixels.pixel_pictures import draw_pixel_pictures
+from pcd_ray.evaluate.segment.segmentation import ProbeResult, linear_probe_miou
+from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
 from pcd_ray.evaluate.shared_scores import shared_knn, shared_probe
 from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
 from pcd_ray.ray_placement import wait_for_workers

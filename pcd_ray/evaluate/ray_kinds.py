@@ -1,14 +1,16 @@
 """What ``pcd-ray eval`` can do: kNN, linear probe, segmentation, detection."""
 
 from pcd_ray.config import Config
-from pcd_ray.evaluate import classify_settings, detect_settings, segment_settings
-from pcd_ray.evaluate.detection_data import DetectionData
-from pcd_ray.evaluate.finetune_settings import check_batch
+from pcd_ray.evaluate.classify import classify_settings
+from pcd_ray.evaluate.classify.ray_classify import judge_knn, judge_linear
+from pcd_ray.evaluate.detect import detect_settings
+from pcd_ray.evaluate.detect.detection_data import DetectionData
+from pcd_ray.evaluate.detect.ray_detection import judge_detection
+from pcd_ray.evaluate.finetune.finetune_settings import check_batch
 from pcd_ray.evaluate.judging import Kind
-from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear
-from pcd_ray.evaluate.ray_detection import judge_detection
-from pcd_ray.evaluate.ray_segmentation import judge_segmentation
-from pcd_ray.evaluate.segment_set import SegmentSet, open_segment_set
+from pcd_ray.evaluate.segment import segment_settings
+from pcd_ray.evaluate.segment.ray_segmentation import judge_segmentation
+from pcd_ray.evaluate.segment.segment_set import SegmentSet, open_segment_set
 from pcd_ray.evaluate.side_by_side import classified_images, detected_images, segmented_images
 
 

@@ -19,9 +19,9 @@ from torch import nn
 from pcd_ray import storage
 from pcd_ray.config import Config
 from pcd_ray.distill.weights import read_weights, tensors_sha256
-from pcd_ray.evaluate.confusion import SegmentationScore
 from pcd_ray.evaluate.eval_sets import crop_size_px
-from pcd_ray.evaluate.segmentation import LinearHead, ProbeResult
+from pcd_ray.evaluate.segment.confusion import SegmentationScore
+from pcd_ray.evaluate.segment.segmentation import LinearHead, ProbeResult
 
 FORMAT = 1
 """Raised when scores are measured otherwise than before, so that older ones no longer count."""

@@ -12,14 +12,14 @@ from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import ConfigError
-from pcd_ray.evaluate.detection_data import DetectionData
+from pcd_ray.evaluate.detect.detection_data import DetectionData
 from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.features import frozen_map
 from pcd_ray.evaluate.figures import pca_maps
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import story_of
-from pcd_ray.evaluate.pixel_pictures import pixel_pictures
-from pcd_ray.evaluate.segment_set import SegmentSet
+from pcd_ray.evaluate.pixels.pixel_pictures import pixel_pictures
+from pcd_ray.evaluate.segment.segment_set import SegmentSet
 
 _IMAGES = 5
 _ZOOM = 3  # side of the images, in sides of training views: a finer map is easier read

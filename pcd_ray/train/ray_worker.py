@@ -46,10 +46,10 @@ from pcd_ray.distill.build import (
 )
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, TrainingError
+from pcd_ray.evaluate.classify.ray_knn import knn_scores
 from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images, open_probe
-from pcd_ray.evaluate.ray_knn import knn_scores
 from pcd_ray.evaluate.references import store_references, stored_references
-from pcd_ray.evaluate.segmentation import linear_probe_miou
+from pcd_ray.evaluate.segment.segmentation import linear_probe_miou
 from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
 from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import current_reservation

@@ -9,8 +9,8 @@ from finetune_parts import CPU, SmallTask, finetune_settings, trained_state
 from ranks import run_on_ranks
 
 from pcd_ray.checkpoint import to_host
-from pcd_ray.evaluate.fcn import mean_over_labelled
-from pcd_ray.evaluate.finetune import finetune_steps, new_state
+from pcd_ray.evaluate.finetune.finetune import finetune_steps, new_state
+from pcd_ray.evaluate.segment.fcn import mean_over_labelled
 
 TASK = SmallTask(num_images=11)
 SETTINGS = finetune_settings(steps=8, clip_grad_norm=0.2)

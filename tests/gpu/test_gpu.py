@@ -27,12 +27,12 @@ from pcd_ray.distill.loss import choose_implementation, contrastive_loss
 from pcd_ray.distill.step import DistillSettings, ViewBatch
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.weights import tensors_sha256
-from pcd_ray.evaluate.detect_settings import detection_task, finetune_settings
-from pcd_ray.evaluate.detection import detect
-from pcd_ray.evaluate.detection_data import open_detection
+from pcd_ray.evaluate.detect.detect_settings import detection_task, finetune_settings
+from pcd_ray.evaluate.detect.detection import detect
+from pcd_ray.evaluate.detect.detection_data import open_detection
 from pcd_ray.evaluate.features import pooled_features
-from pcd_ray.evaluate.finetune import finetune_steps, new_state, synchronised
-from pcd_ray.evaluate.finetune import unwrapped as finetuned
+from pcd_ray.evaluate.finetune.finetune import finetune_steps, new_state, synchronised
+from pcd_ray.evaluate.finetune.finetune import unwrapped as finetuned
 from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, wrap_student
 from pcd_ray.train.metrics import mean_over_ranks
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate

@@ -13,12 +13,12 @@ from judged import drawn_network
 
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.errors import ConfigError, ShardError
-from pcd_ray.evaluate import ray_detection
-from pcd_ray.evaluate.detect_settings import detection_task, open_detection_set
-from pcd_ray.evaluate.detection_figure import SHOWN_SCORE
-from pcd_ray.evaluate.detection_masks import run_lengths_of
+from pcd_ray.evaluate.detect import ray_detection
+from pcd_ray.evaluate.detect.detect_settings import detection_task, open_detection_set
+from pcd_ray.evaluate.detect.detection_figure import SHOWN_SCORE
+from pcd_ray.evaluate.detect.detection_masks import run_lengths_of
+from pcd_ray.evaluate.detect.ray_detection import found_results, judge_detection
 from pcd_ray.evaluate.judging import Place
-from pcd_ray.evaluate.ray_detection import found_results, judge_detection
 from pcd_ray.evaluate.scores import Scores
 from pcd_ray.ray_cluster import WorkerShare
 

@@ -19,15 +19,19 @@ from pcd_ray.data.augment import eval_view, views_of_bytes
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, TrainingError
-from pcd_ray.evaluate.classify_settings import crops_and_flips, linear_settings, open_images
-from pcd_ray.evaluate.feature_store import MANIFEST, read_features
+from pcd_ray.evaluate.classify.classify_settings import (
+    crops_and_flips,
+    linear_settings,
+    open_images,
+)
+from pcd_ray.evaluate.classify.feature_store import MANIFEST, read_features
+from pcd_ray.evaluate.classify.knn import knn_top1_pct
+from pcd_ray.evaluate.classify.linear_probe import ProbeState, ProbeTask, fit_cached, probe_steps
+from pcd_ray.evaluate.classify.ray_classify import judge_knn, judge_linear
+from pcd_ray.evaluate.classify.ray_features import StoredFeatures, store_features
 from pcd_ray.evaluate.features import pooled_features
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
-from pcd_ray.evaluate.knn import knn_top1_pct
-from pcd_ray.evaluate.linear_probe import ProbeState, ProbeTask, fit_cached, probe_steps
-from pcd_ray.evaluate.ray_classify import judge_knn, judge_linear
-from pcd_ray.evaluate.ray_features import StoredFeatures, store_features
 from pcd_ray.evaluate.students import open_rows
 from pcd_ray.seeds import derive_seed
 

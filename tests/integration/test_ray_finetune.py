@@ -23,9 +23,9 @@ from pcd_ray.checkpoint import checkpoint_steps
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.data.plan import EpochPlan
 from pcd_ray.errors import TrainingError
-from pcd_ray.evaluate.finetune_settings import FinetuneSettings
+from pcd_ray.evaluate.finetune.finetune_settings import FinetuneSettings
+from pcd_ray.evaluate.finetune.ray_finetune import finetune, folder_of
 from pcd_ray.evaluate.judging import Place
-from pcd_ray.evaluate.ray_finetune import finetune, folder_of
 from pcd_ray.seeds import derive_seed
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -18,9 +18,9 @@ from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.errors import ConfigError, TrainingError
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
-from pcd_ray.evaluate.ray_segmentation import judge_segmentation
 from pcd_ray.evaluate.scores import Scores
-from pcd_ray.evaluate.segment_set import open_segment_set
+from pcd_ray.evaluate.segment.ray_segmentation import judge_segmentation
+from pcd_ray.evaluate.segment.segment_set import open_segment_set
 from pcd_ray.evaluate.students import open_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluate"))

@@ -34,7 +34,7 @@ from pcd_ray.data.shards import read_image_bytes, verify_shards
 from pcd_ray.data.sources import list_images, list_sources
 from pcd_ray.distill.weights import read_weights
 from pcd_ray.errors import PcdError
-from pcd_ray.evaluate.detection_data import open_detection
+from pcd_ray.evaluate.detect.detection_data import open_detection
 
 PIXELS = 100_000
 READ_S = 20.0  # of processor time, for one file: far above all, to tell a hang

@@ -14,7 +14,7 @@ from tiny import tiny_config
 
 from pcd_ray.config import Config
 from pcd_ray.errors import ConfigError, ShardError
-from pcd_ray.evaluate.detect_settings import open_detection_set
+from pcd_ray.evaluate.detect.detect_settings import open_detection_set
 from pcd_ray.evaluate.judging import protocol_of
 from pcd_ray.evaluate.ray_kinds import KINDS
 

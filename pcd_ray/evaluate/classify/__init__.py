@@ -1,0 +1,1 @@
+"""Frozen features, stored once; kNN and linear classifiers on them."""

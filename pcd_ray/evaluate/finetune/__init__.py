@@ -1,0 +1,1 @@
+"""The loop that trains FCNs and detectors, and its Ray wiring."""

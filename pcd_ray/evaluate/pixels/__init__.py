@@ -1,0 +1,1 @@
+"""Pictures of what pixels see: similarity, attention, effective receptive field."""

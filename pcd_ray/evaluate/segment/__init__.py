@@ -1,0 +1,1 @@
+"""Semantic segmentation: linear probe on the frozen map, FCN fine-tuning, mIoU."""

@@ -1,0 +1,151 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segmentation_folder import painted, painted_set, random_mask, write_set
+
+from pcd_ray.errors import ShardError
+from pcd_ray.evaluate.segment.segmentation_data import open_segmentation
+
+
+def test_every_pixel_and_label_arrives_in_the_order_of_the_list(tmp_path: Path) -> None:
+    data = open_segmentation(painted_set(tmp_path, train=5, val=1))
+    assert data.classes == ("sky", "road", "tree")
+    batches = list(data.batches("train", batch_size=2))
+    assert [len(images) for images, _ in batches] == [2, 2, 1]
+    masks = torch.cat([masks for _, masks in batches])
+    expected = np.stack([random_mask(seed) for seed in range(5)])
+    np.testing.assert_array_equal(masks, expected)
+    images = torch.cat([images for images, _ in batches])
+    np.testing.assert_array_equal(images, painted(expected))
+    assert images.dtype == masks.dtype == torch.uint8
+
+
+def test_names_may_have_a_question_mark(tmp_path: Path) -> None:
+    folder = painted_set(tmp_path / "parts?", train=1, val=1)
+    for kind in ("images", "masks"):
+        (tmp_path / "parts?" / kind / "val_00.png").rename(tmp_path / "parts?" / kind / "a?.png")
+    (tmp_path / "parts?" / "val.txt").write_text("a?\n")
+    data = open_segmentation(folder)
+    assert data.names("val") == ("a?",)
+    np.testing.assert_array_equal(data.example("a?")[1], random_mask(1))
+
+
+def test_resizing_keeps_the_shape_of_images_and_leaves_masks_whole(tmp_path: Path) -> None:
+    data = open_segmentation(painted_set(tmp_path), size_px=8)
+    images, masks = next(data.batches("val", batch_size=3))
+    assert images.shape == (3, 8, 12, 3)
+    assert masks.shape == (3, 16, 24)
+    colour = images[masks[:, 2::4, 2::4].repeat_interleave(2, 1).repeat_interleave(2, 2) == 0]
+    assert colour.float().mean(dim=0)[0] > 150  # class 0 is still red
+
+
+def test_a_batch_ends_where_the_size_changes(tmp_path: Path) -> None:
+    masks = [random_mask(seed, height=height) for seed, height in enumerate((8, 8, 16, 8))]
+    pairs = [(painted(mask), mask) for mask in masks]
+    data = open_segmentation(write_set(tmp_path, {"train": pairs, "val": pairs[:1]}))
+    sizes = [tuple(images.shape[:2]) for images, _ in data.batches("train", batch_size=3)]
+    assert sizes == [(2, 8), (1, 16), (1, 8)]
+
+
+def test_palette_masks_and_subfolders_are_read(tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "city").mkdir()
+        (tmp_path / kind / "val_00.png").rename(tmp_path / kind / "city" / "a.b.png")
+    path = tmp_path / "masks" / "city" / "a.b.png"
+    with Image.open(path) as mask:
+        indexed = mask.convert("L")
+    palette = Image.fromarray(np.asarray(indexed))
+    palette.putpalette([0, 0, 0, 90, 90, 90, 200, 200, 200])
+    palette.save(path)
+    (tmp_path / "val.txt").write_text("city/a.b\n")
+    _, masks = next(open_segmentation(str(tmp_path)).batches("val", batch_size=1))
+    np.testing.assert_array_equal(masks[0], random_mask(12))
+
+
+def test_a_set_without_a_test_split_says_which_splits_it_has(tmp_path: Path) -> None:
+    data = open_segmentation(painted_set(tmp_path))
+    with pytest.raises(ShardError, match=r"no split 'test'; it has train, val.*test\.txt"):
+        data.names("test")
+
+
+def test_a_mask_of_another_size_than_its_image_is_named(tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    Image.fromarray(random_mask(0, height=8)).save(tmp_path / "masks" / "train_03.png")
+    data = open_segmentation(str(tmp_path), size_px=8)
+    with pytest.raises(
+        ShardError, match=r"train_03\.png: the mask is 24 x 8 px, its image 24 x 16"
+    ):
+        list(data.batches("train", batch_size=4))
+
+
+def test_labels_beyond_the_class_list_are_named(tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    mask = random_mask(0)
+    mask[0, 0], mask[0, 1], mask[0, 2] = 3, 254, 255  # the last is void and allowed
+    Image.fromarray(mask).save(tmp_path / "masks" / "val_01.png")
+    with pytest.raises(
+        ShardError, match=r"val_01\.png: labels \[3, 254\] are beyond the 3 classes"
+    ):
+        list(open_segmentation(str(tmp_path)).batches("val", batch_size=4))
+
+
+def test_masks_in_colour_are_refused(tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    Image.fromarray(painted(random_mask(0))).save(tmp_path / "masks" / "val_00.png")
+    with pytest.raises(ShardError, match=r"val_00\.png: its mode is RGB; save it as an 8-bit PNG"):
+        list(open_segmentation(str(tmp_path)).batches("val", batch_size=4))
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_missing_files_are_counted_and_named(tmp_path: Path, kind: str) -> None:
+    painted_set(tmp_path)
+    for index in range(4):
+        (tmp_path / f"{kind}s" / f"val_{index:02d}.png").unlink()
+    expected = (
+        rf"4 of 5 ids in val\.txt have no {kind} in {kind}s/ \(val_00, val_01, val_02, \.\.\.\)"
+    )
+    with pytest.raises(ShardError, match=expected):
+        open_segmentation(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "train.txt", "val.txt"])
+def test_missing_and_empty_lists_are_named(tmp_path: Path, name: str) -> None:
+    painted_set(tmp_path)
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(ShardError, match=rf"{name}: is empty; write one name per line"):
+        open_segmentation(str(tmp_path))
+    (tmp_path / name).unlink()
+    with pytest.raises(ShardError, match=rf"{name}: is missing; a segmentation set has images/"):
+        open_segmentation(str(tmp_path))
+
+
+def test_more_classes_than_8_bits_hold_are_refused(tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(f"class{index}" for index in range(256)))
+    with pytest.raises(ShardError, match=r"256 classes do not fit 8-bit masks"):
+        open_segmentation(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
+    painted_set(tmp_path)
+    path = tmp_path / kind / "train_02.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ShardError, match=rf"{kind}/train_02\.png: cannot be decoded"):
+        list(open_segmentation(str(tmp_path)).batches("train", batch_size=4))
+
+
+def test_camvid_is_read_as_its_readme_says(shared: Path) -> None:
+    data = open_segmentation(str(shared / "data" / "segmentation"), size_px=36)
+    assert len(data.classes) == 11
+    sizes = {split: len(names) for split, names in data.splits.items()}
+    assert sizes == {"train": 367, "val": 101, "test": 233}
+    masks = torch.cat([masks for _, masks in data.batches("val", batch_size=16)])
+    assert masks.shape == (101, 360, 480)
+    road = data.classes.index("road")
+    assert float((masks == road).float().mean()) == pytest.approx(0.2895, abs=5e-5)
+    assert float((masks == 255).float().mean()) == pytest.approx(0.0170, abs=5e-5)
