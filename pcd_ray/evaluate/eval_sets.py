@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,11 +80,12 @@ def open_probe(config: Config) -> SegmentationData | None:
     if not config.eval.segmentation:
         return None
     with naming("eval.segmentation"):
-        return open_layout(
+        data = open_layout(
             config.eval.segmentation,
             preset=config.eval.segment.preset,
             size_px=config.eval.segmentation_size_px,
         )
+    return replace(data, max_decode_s=config.data.max_decode_s)
 
 
 def look_through(config: Config) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import ConfigError
+from pcd_ray.evaluate.detect.detect_settings import views_of
 from pcd_ray.evaluate.detect.detection_data import DetectionData
 from pcd_ray.evaluate.eval_sets import KnnImages
 from pcd_ray.evaluate.features import frozen_map
@@ -89,7 +90,8 @@ def detected_images(data: DetectionData, config: Config) -> list[Image.Image]:
     """Return a few validation images of ``eval.detect.data``, evenly spread."""
     images = data.val.images
     chosen = [images[row] for row in _spread(len(images))]
-    return [image.pixels(max_pixels=config.data.max_pixels) for image in chosen]
+    views = views_of(config.eval.detect, config.data)
+    return [views.pixels_of(image) for image in chosen]
 
 
 def _spread(count: int) -> "list[int]":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcd_ray import metric_names as names
-from pcd_ray.config import Config, DetectConfig
+from pcd_ray.config import Config, DataConfig, DetectConfig
 from pcd_ray.distill.build import Method, build_method, fit_pca_head, load_teacher
 from pcd_ray.distill.feature_queue import FeatureQueue, gather_rows
 from pcd_ray.distill.loss import choose_implementation, contrastive_loss
@@ -205,7 +205,7 @@ def test_a_detector_is_fine_tuned_in_bf16_with_synchronised_batchnorm(tmp_path: 
     """One rank: statistics are its own, and what is SyncBatchNorm computes as it would of many."""
     data = open_detection(write_set(tmp_path), masks=True)
     options = DetectConfig(data=str(tmp_path), **DETECT)
-    task = detection_task(drawn_network(), data, options, max_pixels=10**6, seed=0)
+    task = detection_task(drawn_network(), data, options, limits=DataConfig(), seed=0)
     settings = finetune_settings(options, device="cuda", seed=0)
     assert settings.sync_batchnorm
     state = new_state(task, settings, device=CUDA)

@@ -115,7 +115,7 @@ def test_an_image_that_breaks_while_looking_is_named(tmp_path: Path) -> None:
     config = config_of(write_set(tmp_path / "set"))
     data = open_detection_set(config)
     task = detection_task(
-        drawn_network("resnet10t"), data, config.eval.detect, max_pixels=10**6, seed=0
+        drawn_network("resnet10t"), data, config.eval.detect, limits=config.data, seed=0
     )
     (tmp_path / "set" / "images" / "104.png").write_bytes(b"no image")  # of the second split
     with pytest.raises(ShardError, match=r"104\.png: not an image; mend or remove the file"):

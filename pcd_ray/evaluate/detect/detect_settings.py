@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pcd_ray import storage
-from pcd_ray.config import Config, DetectConfig
+from pcd_ray.config import Config, DataConfig, DetectConfig
 from pcd_ray.errors import ConfigError, naming
 from pcd_ray.evaluate.contents import files_sha256
 from pcd_ray.evaluate.detect.detection_data import DetectionData, open_detection
@@ -40,9 +40,7 @@ def open_detection_set(config: Config) -> DetectionData:
         data = open_detection(detect.data, masks=detect.masks)
     images = [*data.train.images, *data.val.images]
     tried = [images[row] for row in spread(len(images), DECODED)]
-    decode_all(
-        "eval.detect.data", lambda image: image.pixels(max_pixels=config.data.max_pixels), tried
-    )
+    decode_all("eval.detect.data", views_of(detect, config.data).pixels_of, tried)
     return data
 
 
@@ -56,8 +54,9 @@ def detect_facts(data: DetectionData, config: Config, device: str) -> dict[str, 
     """Return all that numbers follow from besides set, network and seed, as plain data."""
     detect = config.eval.detect
     settings = finetune_settings(detect, device=device, seed=0)
-    views = asdict(views_of(detect, max_pixels=0))
-    del views["max_pixels"]  # decides whether an image is read, not what is seen of it
+    views = asdict(views_of(detect, config.data))
+    for limit in ("max_pixels", "max_decode_s"):
+        del views[limit]  # decides whether an image is read, not what is seen of it
     return {
         "network": f"{'Mask' if detect.masks else 'Faster'} R-CNN with FPN",
         "classes": len(data.classes),
@@ -71,14 +70,15 @@ def detect_facts(data: DetectionData, config: Config, device: str) -> dict[str, 
     }
 
 
-def views_of(detect: DetectConfig, *, max_pixels: int) -> DetectionViews:
-    """Return how images are resized and mirrored."""
+def views_of(detect: DetectConfig, limits: DataConfig) -> DetectionViews:
+    """Return how images are read, resized and mirrored."""
     return DetectionViews(
         min_short_side_px=detect.min_short_side_px,
         max_short_side_px=detect.max_short_side_px,
         max_long_side_px=detect.max_long_side_px,
         flip_prob=detect.flip_prob,
-        max_pixels=max_pixels,
+        max_pixels=limits.max_pixels,
+        max_decode_s=limits.max_decode_s,
         masks=detect.masks,
     )
 
@@ -88,7 +88,7 @@ def detection_task(
     data: DetectionData,
     options: DetectConfig,
     *,
-    max_pixels: int,
+    limits: DataConfig,
     seed: int,
 ) -> DetectionTask:
     """Return what the fine-tuning harness trains; here it has its set already."""
@@ -99,7 +99,7 @@ def detection_task(
         content=data.sha256,
         classes=data.classes,
         fraction=options.fraction,
-        views=views_of(options, max_pixels=max_pixels),
+        views=views_of(options, limits),
         box_head=options.box_head,
         rois_per_image=options.rois_per_image,
         seed=seed,

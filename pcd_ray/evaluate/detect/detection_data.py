@@ -51,14 +51,19 @@ class DetectionImage:
     segmentations: tuple[Segmentation, ...]
     """N masks."""
 
-    def pixels(self, *, max_pixels: int) -> Image.Image:
+    def pixels(self, *, max_pixels: int, max_decode_s: float) -> Image.Image:
         """Return the image, upright, in RGB.
+
+        Args:
+            max_pixels: images with more are refused.
+            max_decode_s: seconds of processor time that decoding may take.
 
         Raises:
             ShardError: it cannot be decoded, or is not of the size that the json file says.
         """
         try:
-            image = decode_rgb(storage.read_bytes(self.uri), max_pixels=max_pixels)
+            data = storage.read_bytes(self.uri)
+            image = decode_rgb(data, max_pixels=max_pixels, max_decode_s=max_decode_s)
         except UnreadableImage as error:
             raise unreadable(str(self.id), self.uri, str(error)) from error
         if image.size != (self.width, self.height):

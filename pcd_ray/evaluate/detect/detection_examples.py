@@ -44,7 +44,9 @@ class DetectionViews:
     flip_prob: float
     """Probability of mirroring left and right."""
     max_pixels: int
-    """Images with more pixels are refused."""
+    """Images with more pixels are refused ..."""
+    max_decode_s: float
+    """... as those whose decoding takes more seconds of processor time."""
     masks: bool
     """Whether targets have masks."""
 
@@ -61,7 +63,7 @@ class DetectionViews:
         short_side = int(random.choice([*sides, self.max_short_side_px]))
         size = self.size_of(image, short_side)
         flipped = bool(random.random() < self.flip_prob)
-        pixels = _resized(image.pixels(max_pixels=self.max_pixels), size)
+        pixels = _resized(self.pixels_of(image), size)
         shown = ~image.crowd
         boxes = image.boxes[shown] * _scale(image, size)  # (N, 4)
         if flipped:
@@ -81,7 +83,15 @@ class DetectionViews:
             ShardError: as for `drawn`.
         """
         size = self.size_of(image, self.max_short_side_px)
-        return torch.from_numpy(_resized(image.pixels(max_pixels=self.max_pixels), size))
+        return torch.from_numpy(_resized(self.pixels_of(image), size))
+
+    def pixels_of(self, image: DetectionImage) -> Image.Image:
+        """Return an image as it is stored, upright, in RGB.
+
+        Raises:
+            ShardError: as for `drawn`.
+        """
+        return image.pixels(max_pixels=self.max_pixels, max_decode_s=self.max_decode_s)
 
     def size_of(self, image: DetectionImage, short_side: int) -> tuple[int, int]:
         """Return (H, W) of an image whose short side is to be ``short_side``, its shape kept."""

@@ -70,7 +70,7 @@ def judge_detection(
         PcdError: the network cannot be used, or training fails.
     """
     options = config.eval.detect
-    task = detection_task(network, data, options, max_pixels=config.data.max_pixels, seed=seed)
+    task = detection_task(network, data, options, limits=config.data, seed=seed)
     _check_objects(task, data)
     about: dict[str, Any] = {}
     results = stored_results(storage.join(place.part, DETECTIONS))
@@ -236,7 +236,7 @@ def _drawn(
     chosen = [full[place * len(full) // count] for place in range(count)]
     label_of = {id_: label for label, id_ in enumerate(data.category_ids)}
     return detection_grid(
-        [image.pixels(max_pixels=task.views.max_pixels) for image in chosen],
+        [task.views.pixels_of(image) for image in chosen],
         [marked_from_truth(image) for image in chosen],
         [
             marked_from_results([r for r in results if r["image_id"] == image.id], label_of)

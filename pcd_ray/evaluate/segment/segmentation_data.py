@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pcd_ray import storage
-from pcd_ray.data.decode import open_image
+from pcd_ray.data.decode import MAX_DECODE_S, open_image
 from pcd_ray.errors import ShardError
 
 VOID = 255
@@ -45,6 +45,8 @@ class SegmentationData:
     """Height that images are resized to, their shape kept; 0 keeps theirs. Masks stay whole."""
     relabel: tuple[int, ...] = ()
     """Label of each value 0 to 255 of the mask files; empty: they are labels."""
+    max_decode_s: float = MAX_DECODE_S
+    """Seconds of processor time that decoding a file may take."""
 
     def example(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return an id's image (H, W, 3), resized, and its mask (Y, X) in full size.
@@ -69,12 +71,12 @@ class SegmentationData:
         Raises:
             ShardError: as for `example`.
         """
-        image = _decoded(self.images[name]).convert("RGB")
+        image = self._decoded(self.images[name]).convert("RGB")
         return image, self._labels(name, image.size)
 
     def _labels(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return the labels of an id's mask, whose image has this width and height."""
-        mask = _decoded(self.masks[name])
+        mask = self._decoded(self.masks[name])
         self._check_mask(name, mask, size)
         labels = np.asarray(mask)
         if self.relabel:
@@ -120,6 +122,15 @@ class SegmentationData:
                 f"choose one of these or write {split}.txt"
             )
         return self.splits[split]
+
+    def _decoded(self, uri: str) -> Image.Image:
+        data, max_pixels = storage.read_bytes(uri), 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        try:
+            image = open_image(data, max_pixels=max_pixels, max_decode_s=self.max_decode_s)
+            image.load()
+        except Exception as error:  # Pillow's parsers raise any kind of error on damaged bytes
+            raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
+        return image
 
     def _check_mask(self, name: str, mask: Image.Image, size: tuple[int, int]) -> None:
         if mask.mode not in ("L", "P"):
@@ -210,16 +221,6 @@ def files_by_id(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str
         if (dot + suffix).lower() in suffixes:
             found[name] = file.uri
     return found
-
-
-def _decoded(uri: str) -> Image.Image:
-    data = storage.read_bytes(uri)
-    try:
-        image = open_image(data, max_pixels=2 * (Image.MAX_IMAGE_PIXELS or 0))
-        image.load()
-    except Exception as error:  # Pillow's parsers let any kind of error through on damaged bytes
-        raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
-    return image
 
 
 def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:

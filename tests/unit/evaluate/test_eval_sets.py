@@ -4,14 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detection_folder import write_set
 from PIL import Image
 from segmentation_folder import painted_set, random_mask
 from tiny import tiny_config
 
-from pcd_ray.config import Config
+from pcd_ray.config import Config, config_to_values
 from pcd_ray.data.decode import unreadable
 from pcd_ray.errors import ShardError
 from pcd_ray.evaluate import eval_sets
+from pcd_ray.evaluate.detect.detect_settings import open_detection_set
 from pcd_ray.evaluate.eval_sets import look_through, open_knn_images
 
 
@@ -49,6 +51,23 @@ def test_small_sets_are_read_whole_and_large_ones_by_a_sample_that_is_said(
         "eval.knn_test": "all 6 images",
         "eval.segmentation": "5 of 17 images and masks",
     }
+
+
+def test_images_of_all_kinds_of_sets_are_given_up_when_they_take_long(
+    config: Config, tmp_path: Path
+) -> None:
+    evaluation = config_to_values(config.eval)
+    detect = {"data": write_set(tmp_path / "boxes")}
+    hasty = tiny_config(
+        data={"max_decode_s": 1e-9}, eval=evaluation | {"segmentation": "", "detect": detect}
+    )
+    with pytest.raises(ShardError, match=r"eval\.knn_train: .*data\.max_decode_s=1e-09"):
+        look_through(hasty)
+    with pytest.raises(ShardError, match=r"eval\.detect\.data: .*data\.max_decode_s=1e-09"):
+        open_detection_set(hasty)
+    probe = {"segmentation": evaluation["segmentation"]}
+    with pytest.raises(ShardError, match=r"eval\.segmentation: .*data\.max_decode_s=1e-09"):
+        look_through(tiny_config(data={"max_decode_s": 1e-9}, eval=probe))
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])

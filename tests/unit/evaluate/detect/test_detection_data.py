@@ -173,10 +173,10 @@ def test_an_image_of_another_size_than_its_record_is_refused(tmp_path: Path) -> 
     data = open_detection(write_set(tmp_path), masks=True)
     Image.new("RGB", (50, 40)).save(tmp_path / "images" / "100.png")
     with pytest.raises(PcdError, match=r"is 50 x 40 px \(upright\), its record 100 says 96 x 64"):
-        data.train.images[0].pixels(max_pixels=10**6)
+        data.train.images[0].pixels(max_pixels=10**6, max_decode_s=10)
     (tmp_path / "images" / "101.png").write_bytes(b"no image")
     with pytest.raises(PcdError, match=r"not an image; mend or remove the file"):
-        data.train.images[1].pixels(max_pixels=10**6)
+        data.train.images[1].pixels(max_pixels=10**6, max_decode_s=10)
 
 
 POLYGONS = [[10.5, 5.2, 60.3, 9.9, 44.4, 50.1], [62, 30, 80, 30, 80, 60.5, 62, 60]]

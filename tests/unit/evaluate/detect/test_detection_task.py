@@ -11,7 +11,7 @@ import torch
 from detection_folder import SIZE, record, write_set
 from judged import drawn_network
 
-from pcd_ray.config import DetectConfig
+from pcd_ray.config import DataConfig, DetectConfig
 from pcd_ray.evaluate.detect.detect_settings import detection_task, finetune_settings
 from pcd_ray.evaluate.detect.detection import detect
 from pcd_ray.evaluate.detect.detection_ap import average_precision, results_of
@@ -32,6 +32,7 @@ def views(**given: Any) -> DetectionViews:
             "max_long_side_px": 200,
             "flip_prob": 0.0,
             "max_pixels": 10**6,
+            "max_decode_s": 10.0,
             "masks": True,
             **given,
         }
@@ -55,7 +56,7 @@ def fixture_task_of(tmp_path: Path) -> Callable[..., DetectionTask]:
                 **options,
             },
         )
-        return detection_task(drawn_network(), data, chosen, max_pixels=10**6, seed=0)
+        return detection_task(drawn_network(), data, chosen, limits=DataConfig(), seed=0)
 
     return task_of
 
@@ -128,7 +129,7 @@ def test_a_dilated_student_is_judged_undilated(tmp_path: Path) -> None:
     data = open_detection(write_set(tmp_path), masks=True)
     dilated = drawn_network("resnet10t", output_stride=8)
     options = DetectConfig(data=str(tmp_path))
-    task = detection_task(dilated, data, options, max_pixels=10**6, seed=0)
+    task = detection_task(dilated, data, options, limits=DataConfig(), seed=0)
     assert task.build().taps == [1, 2, 3, 4]
 
 
