@@ -25,9 +25,10 @@ from pcd_ray.checkpoint import RunFolder, checkpoint_steps
 from pcd_ray.config import TrainConfig
 from pcd_ray.errors import PcdError, TrainingError
 from pcd_ray.patient_files import patient_filesystem
-from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
+from pcd_ray.ray_cluster import PASSIVE_THREADS
 from pcd_ray.ray_events import Event, EventReceiver, EventSender
 from pcd_ray.ray_nodes import Need, Standstill
+from pcd_ray.ray_shares import WorkerShare
 
 FAILURE_FILE = "failure.json"
 """Why a run cannot go on, for the driver and for workers that Ray starts again."""

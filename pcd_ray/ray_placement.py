@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pcd_ray.config import Config
-from pcd_ray.ray_cluster import (
+from pcd_ray.ray_cluster import connect
+from pcd_ray.ray_nodes import Cluster, Need, Node, fits, wait_for_nodes
+from pcd_ray.ray_shares import (
     Asked,
     WorkerShare,
     check_data_task,
-    connect,
     needs_of,
     share_for_pool,
     share_for_workers,
 )
-from pcd_ray.ray_nodes import Cluster, Need, Node, fits, wait_for_nodes
 
 
 def cluster_of(config: Config) -> Cluster:

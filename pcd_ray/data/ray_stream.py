@@ -17,8 +17,9 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pcd_ray.config import DataConfig
 from pcd_ray.errors import ConfigError, PcdError, ShardError, TrainingError, WeightsError
-from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
+from pcd_ray.ray_cluster import PASSIVE_THREADS
 from pcd_ray.ray_nodes import object_store_bytes
+from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.storage import StorageError
 
 Batch = dict[str, np.ndarray[Any, Any]]

@@ -22,8 +22,9 @@ from pcd_ray.evaluate.necks import stored_student
 from pcd_ray.evaluate.ray_kinds import KINDS
 from pcd_ray.evaluate.side_by_side import look_pictures
 from pcd_ray.evaluate.students import Row, open_rows, stored_config
-from pcd_ray.ray_cluster import WorkerShare, call_in_task
+from pcd_ray.ray_cluster import call_in_task
 from pcd_ray.ray_placement import share_of_workers, wait_for_workers
+from pcd_ray.ray_shares import WorkerShare
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,9 @@ from pcd_ray.evaluate.pixels.pixel_pictures import draw_pixel_pictures
 from pcd_ray.evaluate.segment.segmentation import ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
 from pcd_ray.evaluate.shared_scores import shared_knn, shared_probe
-from pcd_ray.ray_cluster import PASSIVE_THREADS, WorkerShare
+from pcd_ray.ray_cluster import PASSIVE_THREADS
 from pcd_ray.ray_placement import wait_for_workers
+from pcd_ray.ray_shares import WorkerShare
 
 _FIGURE_IMAGES = 6
 _FIGURE_SCENES = 4

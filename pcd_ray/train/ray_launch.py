@@ -25,10 +25,11 @@ from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
-from pcd_ray.ray_cluster import WorkerShare, check_outlives_job
+from pcd_ray.ray_cluster import check_outlives_job
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
 from pcd_ray.ray_placement import note_on_nodes, share_of_workers, wait_for_workers
+from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.train.ray_teacher_cache import build_caches
 from pcd_ray.train.ray_worker import train_worker
 from pcd_ray.train.run_log import RunLog

@@ -37,8 +37,9 @@ from pcd_ray.distill.build import (
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, WeightsError
-from pcd_ray.ray_cluster import WorkerShare, call_in_task
+from pcd_ray.ray_cluster import call_in_task
 from pcd_ray.ray_placement import share_of_pool
+from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.train.ray_heads import fit_head, fitting_line
 from pcd_ray.train.teacher_cache import TeacherCache, cache_of, in_float16
 

@@ -20,9 +20,10 @@ from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
-from pcd_ray.ray_cluster import check_outlives_job, cpus_beside_others
+from pcd_ray.ray_cluster import check_outlives_job
 from pcd_ray.ray_nodes import HEAD, Cluster, nodes_with
 from pcd_ray.ray_placement import asked_of, cluster_of
+from pcd_ray.ray_shares import cpus_beside_others
 from pcd_ray.train.ray_launch import dry_run, with_absolute_places
 from pcd_ray.train.run_plan import RunPlan
 from pcd_ray.train.teacher_cache import bytes_in_words, usual_cache_path

@@ -11,8 +11,9 @@ from pcd_ray import metric_names as names
 from pcd_ray import storage
 from pcd_ray.config import Config, TuneConfig, config_from_values, config_to_values
 from pcd_ray.data.shards import Shards, open_shards
-from pcd_ray.ray_cluster import WorkerShare, fetched
+from pcd_ray.ray_cluster import fetched
 from pcd_ray.ray_events import Event
+from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.train.ray_launch import TrainResult, train
 from pcd_ray.train.ray_teacher_cache import build_caches
 from pcd_ray.tune.ray_search import (

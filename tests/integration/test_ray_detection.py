@@ -20,7 +20,7 @@ from pcd_ray.evaluate.detect.detection_masks import run_lengths_of
 from pcd_ray.evaluate.detect.ray_detection import found_results, judge_detection
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.scores import Scores
-from pcd_ray.ray_cluster import WorkerShare
+from pcd_ray.ray_shares import WorkerShare
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -14,7 +14,8 @@ from pcd_ray.cli import main
 from pcd_ray.errors import ClusterError
 from pcd_ray.evaluate.ray_eval import config_for, evaluate
 from pcd_ray.evaluate.students import open_rows
-from pcd_ray.ray_cluster import WorkerShare, call_in_tasks
+from pcd_ray.ray_cluster import call_in_tasks
+from pcd_ray.ray_shares import WorkerShare
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

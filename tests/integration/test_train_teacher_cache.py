@@ -28,7 +28,7 @@ from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.build import adapted_teacher, load_teachers
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.errors import CheckpointError, ShardError, TrainingError
-from pcd_ray.ray_cluster import WorkerShare
+from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.train.ray_heads import fit_head
 from pcd_ray.train.ray_launch import TrainResult, dry_run, train
 from pcd_ray.train.ray_teacher_cache import build_caches

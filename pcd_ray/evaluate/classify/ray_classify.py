@@ -52,8 +52,9 @@ from pcd_ray.evaluate.features import FeatureMap, pooled_features
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.scores import Scores, interval_of_mean
-from pcd_ray.ray_cluster import WorkerShare, call_in_task
+from pcd_ray.ray_cluster import call_in_task
 from pcd_ray.ray_placement import share_of_pool
+from pcd_ray.ray_shares import WorkerShare
 
 
 def judge_knn(

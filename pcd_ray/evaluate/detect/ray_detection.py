@@ -32,7 +32,8 @@ from pcd_ray.evaluate.finetune.ray_finetune import finetune
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.scores import Scores
-from pcd_ray.ray_cluster import WorkerShare, call_in_tasks
+from pcd_ray.ray_cluster import call_in_tasks
+from pcd_ray.ray_shares import WorkerShare
 
 DETECTIONS = "detections.json"
 """What was found on the validation images, as COCO's results files hold it."""

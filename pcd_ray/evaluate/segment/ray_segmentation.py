@@ -31,8 +31,9 @@ from pcd_ray.evaluate.segment.segmentation import linear_probe_miou
 from pcd_ray.evaluate.segment.segmentation_data import VOID, SegmentationData
 from pcd_ray.evaluate.segment.segmentation_scores import segmentation_scores
 from pcd_ray.evaluate.segment.sliding_window import predicted_mask
-from pcd_ray.ray_cluster import WorkerShare, call_in_task, call_in_tasks
+from pcd_ray.ray_cluster import call_in_task, call_in_tasks
 from pcd_ray.ray_placement import share_of_workers
+from pcd_ray.ray_shares import WorkerShare
 
 _PICTURES = 4  # predicted masks that are drawn
 _SIZES = 8  # of a set's images, that a network is tried with
