@@ -25,7 +25,8 @@ from pcd_ray.data.ray_views import eval_batches, view_batches
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import Backbone, map_shape
-from pcd_ray.distill.build import build_student, load_teachers
+from pcd_ray.distill.build import build_student
+from pcd_ray.distill.build_teacher import load_teachers
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import ClusterError, ConfigError, PcdError, naming
 from pcd_ray.evaluate.classify.ray_knn import knn_scores

@@ -22,7 +22,8 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import Checkpoint, RunFolder, find_checkpoint
 from pcd_ray.config import Config, StudentConfig, TeacherConfig, config_from_values
 from pcd_ray.distill.backbones import Backbone, is_known
-from pcd_ray.distill.build import build_student, load_teacher
+from pcd_ray.distill.build import build_student
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.teacher_parts import take_apart
 from pcd_ray.distill.weights import load_backbone, read_weights, tensors_sha256
 from pcd_ray.errors import ConfigError, PcdError, WeightsError, naming

@@ -17,7 +17,8 @@ from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import eval_batches, view_batches
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards
-from pcd_ray.distill.build import LoadedTeacher, fit_contrastive_head, fit_pca_head
+from pcd_ray.distill.build_head import fit_contrastive_head, fit_pca_head
+from pcd_ray.distill.build_teacher import LoadedTeacher
 from pcd_ray.seeds import derive_seed
 
 

@@ -22,18 +22,9 @@ from pcd_ray.data.ray_stream import ActorPool, Batch, Stage, stream_through_pool
 from pcd_ray.data.ray_teacher_views import teacher_views
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards, open_shards
-from pcd_ray.distill.build import (
-    FITTED_HEADS,
-    LoadedTeacher,
-    adapted_teacher,
-    autocast_dtype,
-    blaming,
-    load_teacher,
-    load_teachers,
-    on_device,
-    save_fitted_head,
-    stored_head,
-)
+from pcd_ray.distill.build import adapted_teacher, autocast_dtype, on_device
+from pcd_ray.distill.build_head import FITTED_HEADS, save_fitted_head, stored_head
+from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teacher, load_teachers
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, WeightsError

@@ -33,17 +33,9 @@ from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import view_batches
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
-from pcd_ray.distill.build import (
-    FITTED_HEADS,
-    LoadedTeacher,
-    Method,
-    blaming,
-    build_method,
-    build_student,
-    load_teachers,
-    save_fitted_head,
-    stored_head,
-)
+from pcd_ray.distill.build import Method, build_method, build_student
+from pcd_ray.distill.build_head import FITTED_HEADS, save_fitted_head, stored_head
+from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teachers
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, TrainingError
 from pcd_ray.evaluate.classify.ray_knn import knn_scores

@@ -16,16 +16,9 @@ from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.plan import EpochPlan, rank_sizes
 from pcd_ray.data.shards import Shards, read_image_bytes
 from pcd_ray.distill.backbones import map_shape
-from pcd_ray.distill.build import (
-    FITTED_HEADS,
-    LoadedTeacher,
-    Method,
-    blaming,
-    build_method,
-    load_teachers,
-    stand_in_head,
-    stored_head,
-)
+from pcd_ray.distill.build import Method, build_method
+from pcd_ray.distill.build_head import FITTED_HEADS, stand_in_head, stored_head
+from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teachers
 from pcd_ray.distill.diagnostics import chance_loss
 from pcd_ray.distill.fitted_head import check_pca_width
 from pcd_ray.distill.step import Branch

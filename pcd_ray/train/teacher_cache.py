@@ -16,14 +16,9 @@ from pcd_ray.config import Config, config_to_values
 from pcd_ray.data.map_store import FORMAT_VERSION, RECORDS_PER_PART, Maps, StoredMaps
 from pcd_ray.data.shards import Shards
 from pcd_ray.distill.backbones import map_shape
-from pcd_ray.distill.build import (
-    FITTED_HEADS,
-    LoadedTeacher,
-    adapted_teacher,
-    fitted_by,
-    stand_in_head,
-    stored_head,
-)
+from pcd_ray.distill.build import adapted_teacher
+from pcd_ray.distill.build_head import FITTED_HEADS, fitted_by, stand_in_head, stored_head
+from pcd_ray.distill.build_teacher import LoadedTeacher
 from pcd_ray.distill.teacher import TeacherIdentity
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import ShardError, TrainingError, WeightsError

@@ -32,7 +32,9 @@ from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.data.sources import list_sources
-from pcd_ray.distill.build import Method, build_method, fit_pca_head, load_teacher
+from pcd_ray.distill.build import Method, build_method
+from pcd_ray.distill.build_head import fit_pca_head
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.train.loop import LoopSettings, TrainState, train_steps, wrap_student
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
 

@@ -19,7 +19,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # where the layouts are
 from published import ROWS, save
 
 from pcd_ray.config import Config, config_from_values
-from pcd_ray.distill.build import build_method, load_teacher
+from pcd_ray.distill.build import build_method
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.spatial_adaptor import layer_names
 from pcd_ray.distill.step import ViewBatch, distill_step
 from pcd_ray.inspection import inspect

@@ -16,7 +16,8 @@ from torch import nn
 
 from pcd_ray import metric_names as names
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import LoadedTeacher, build_method
+from pcd_ray.distill.build import build_method
+from pcd_ray.distill.build_teacher import LoadedTeacher
 from pcd_ray.distill.teacher import TeacherIdentity
 from pcd_ray.train.loop import LoopSettings, TrainState, train_steps
 from pcd_ray.train.optim import Schedule, build_optimizer

@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcd_ray import metric_names as names
 from pcd_ray.config import Config, DataConfig, DetectConfig
-from pcd_ray.distill.build import Method, build_method, fit_pca_head, load_teacher
+from pcd_ray.distill.build import Method, build_method
+from pcd_ray.distill.build_head import fit_pca_head
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.feature_queue import FeatureQueue, gather_rows
 from pcd_ray.distill.loss import choose_implementation, contrastive_loss
 from pcd_ray.distill.step import DistillSettings, ViewBatch

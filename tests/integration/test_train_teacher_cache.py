@@ -25,7 +25,8 @@ from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import view_batches
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
-from pcd_ray.distill.build import adapted_teacher, load_teachers
+from pcd_ray.distill.build import adapted_teacher
+from pcd_ray.distill.build_teacher import load_teachers
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.errors import CheckpointError, ShardError, TrainingError
 from pcd_ray.ray_shares import WorkerShare

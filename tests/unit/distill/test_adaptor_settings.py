@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pcd_ray.config import Config
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import Method, build_method, load_teacher
+from pcd_ray.distill.build import Method, build_method
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.heads import kept_head, random_projection
 from pcd_ray.distill.spatial_adaptor import SpatialAdaptor, check_law, law_error
 from pcd_ray.distill.weights import save_teacher

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pcd_ray import metric_names as names
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import build_method, load_teachers
+from pcd_ray.distill.build import build_method
+from pcd_ray.distill.build_teacher import load_teachers
 from pcd_ray.distill.diagnostics import diagnose, diagnose_branches
 from pcd_ray.distill.step import Branch, DistillSettings, ViewBatch, distill_step, weighted_sum
 from pcd_ray.distill.student import Student

@@ -8,18 +8,15 @@ from torch import Tensor, nn
 
 from pcd_ray.config import Config, HeadFitConfig
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import (
-    LoadedTeacher,
-    Method,
-    build_method,
-    build_student,
+from pcd_ray.distill.build import Method, build_method, build_student
+from pcd_ray.distill.build_head import (
     fit_contrastive_head,
     fit_pca_head,
-    load_teacher,
     save_fitted_head,
     stand_in_head,
     stored_head,
 )
+from pcd_ray.distill.build_teacher import LoadedTeacher, load_teacher
 from pcd_ray.distill.fitted_head import contrastive_head
 from pcd_ray.distill.heads import MlpShape
 from pcd_ray.distill.spatial_adaptor import layer_names

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pcd_ray.config import Config
 from pcd_ray.distill.backbones import Backbone, build_backbone, build_whole, map_shape
-from pcd_ray.distill.build import Method, build_method, load_teacher
+from pcd_ray.distill.build import Method, build_method
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.step import ViewBatch, distill_step
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.timm_heads import clip_projection, own_head

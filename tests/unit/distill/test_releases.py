@@ -17,16 +17,11 @@ from torch import Tensor, nn
 
 from pcd_ray.config import TeacherConfig
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import LoadedTeacher, load_teacher
+from pcd_ray.distill.build_teacher import LoadedTeacher, load_teacher
 from pcd_ray.distill.heads import MlpShape, linear_widths
 from pcd_ray.distill.networks import Network, network_of
 from pcd_ray.distill.spatial_adaptor import SpatialAdaptor, check_law
-from pcd_ray.distill.teacher_parts import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    TeacherParts,
-    take_apart,
-)
+from pcd_ray.distill.teacher_parts import IMAGENET_MEAN, IMAGENET_STD, TeacherParts, take_apart
 from pcd_ray.distill.weights import WeightsFile, load_backbone, read_weights, tensors_sha256
 from pcd_ray.errors import ConfigError, WeightsError
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pcd_ray.config import TeacherConfig
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import load_teacher
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.heads import MlpShape, linear_widths
 from pcd_ray.distill.teacher_parts import take_apart
 from pcd_ray.distill.weights import (

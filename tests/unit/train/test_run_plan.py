@@ -14,7 +14,8 @@ from pcd_ray.config import Config, TrainConfig
 from pcd_ray.data.plan import rank_sizes
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import fit_pca_head, load_teacher
+from pcd_ray.distill.build_head import fit_pca_head
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.errors import WeightsError
 from pcd_ray.train.run_plan import (
     RunPlan,

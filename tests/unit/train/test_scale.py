@@ -15,7 +15,8 @@ from pcd_ray.data.augment import views_of_bytes
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import build_method, load_teachers
+from pcd_ray.distill.build import build_method
+from pcd_ray.distill.build_teacher import load_teachers
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.train.loop import TrainState, moving_average
 from pcd_ray.train.optim import build_optimizer

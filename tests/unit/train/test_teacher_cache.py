@@ -17,7 +17,9 @@ from pcd_ray.config import Config
 from pcd_ray.data.map_store import StoredMaps
 from pcd_ray.data.shards import open_shards
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.distill.build import build_method, load_teacher, save_fitted_head, stand_in_head
+from pcd_ray.distill.build import build_method
+from pcd_ray.distill.build_head import save_fitted_head, stand_in_head
+from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.teacher import TeacherIdentity
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.errors import ShardError, TrainingError, WeightsError
