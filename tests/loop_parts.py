@@ -20,15 +20,9 @@ from pcd_ray.distill.mhsa import MhsaNeck
 from pcd_ray.distill.step import DistillSettings
 from pcd_ray.distill.student import Student
 from pcd_ray.distill.teacher import FrozenTeacher
-from pcd_ray.train.loop import (
-    LoopSettings,
-    StepDone,
-    TrainState,
-    moving_average,
-    train_steps,
-    wrap_student,
-)
+from pcd_ray.train.loop import LoopSettings, StepDone, train_steps
 from pcd_ray.train.optim import Schedule, build_optimizer
+from pcd_ray.train.state import TrainState, moving_average, wrap_student
 
 CPU = torch.device("cpu")
 WIDTH, QUEUE, SIZE_PX = 6, 21, 16

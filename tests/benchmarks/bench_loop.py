@@ -35,8 +35,9 @@ from pcd_ray.data.sources import list_sources
 from pcd_ray.distill.build import Method, build_method
 from pcd_ray.distill.build_head import fit_pca_head
 from pcd_ray.distill.build_teacher import load_teacher
-from pcd_ray.train.loop import LoopSettings, TrainState, train_steps, wrap_student
+from pcd_ray.train.loop import LoopSettings, train_steps
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
+from pcd_ray.train.state import TrainState, wrap_student
 
 CONFIG = Path(__file__).parents[2] / "configs" / "photos_mobilenetv2.yaml"
 LOG_EVERY = 10

@@ -14,7 +14,7 @@ from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import to_host
 from pcd_ray.data.plan import rank_sizes
 from pcd_ray.errors import TrainingError
-from pcd_ray.train.loop import TrainState, average_batchnorm, unwrapped
+from pcd_ray.train.state import TrainState, average_batchnorm, unwrapped
 
 STEPS = 7
 

@@ -16,8 +16,9 @@ from pcd_ray.data.plan import rank_sizes, rank_span
 from pcd_ray.distill.build import build_student
 from pcd_ray.distill.heads import MlpShape
 from pcd_ray.distill.step import DistillSettings, ViewBatch
-from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, wrap_student
+from pcd_ray.train.loop import LoopSettings, train_step
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
+from pcd_ray.train.state import TrainState, unwrapped, wrap_student
 
 CPU = torch.device("cpu")
 STEPS, WIDTH = 6, 6

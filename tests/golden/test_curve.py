@@ -19,8 +19,9 @@ from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build import build_method
 from pcd_ray.distill.build_teacher import LoadedTeacher
 from pcd_ray.distill.teacher import TeacherIdentity
-from pcd_ray.train.loop import LoopSettings, TrainState, train_steps
+from pcd_ray.train.loop import LoopSettings, train_steps
 from pcd_ray.train.optim import Schedule, build_optimizer
+from pcd_ray.train.state import TrainState
 
 CURVE = Path(__file__).parent / "curves" / "debug_cpu.txt"
 STEPS, BATCH = 30, 8

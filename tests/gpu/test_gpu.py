@@ -35,9 +35,10 @@ from pcd_ray.evaluate.detect.detection_data import open_detection
 from pcd_ray.evaluate.features import pooled_features
 from pcd_ray.evaluate.finetune.finetune import finetune_steps, new_state, synchronised
 from pcd_ray.evaluate.finetune.finetune import unwrapped as finetuned
-from pcd_ray.train.loop import LoopSettings, TrainState, train_step, unwrapped, wrap_student
+from pcd_ray.train.loop import LoopSettings, train_step
 from pcd_ray.train.metrics import mean_over_ranks
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
+from pcd_ray.train.state import TrainState, unwrapped, wrap_student
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,8 +25,9 @@ from pcd_ray.distill.step import DistillSettings, ViewBatch
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import ConfigError
 from pcd_ray.export import export, student_of
-from pcd_ray.train.loop import TrainState, train_step
+from pcd_ray.train.loop import train_step
 from pcd_ray.train.optim import build_optimizer, set_learning_rate
+from pcd_ray.train.state import TrainState
 
 SIZE_PX, WIDTH = 32, 6
 README = (Path(__file__).parents[3] / "README.md").read_text()

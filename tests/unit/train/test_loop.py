@@ -6,15 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loop_parts import (
-    DISTILL,
-    QUEUE,
-    host_batches,
-    loop_settings,
-    new_state,
-    plan_of,
-    steps_of,
-)
+from loop_parts import DISTILL, QUEUE, host_batches, loop_settings, new_state, plan_of, steps_of
 from torch import Tensor, nn
 
 from pcd_ray import metric_names as names
@@ -25,9 +17,10 @@ from pcd_ray.distill.diagnostics import diagnose
 from pcd_ray.distill.loss import KINDS
 from pcd_ray.distill.step import distill_step
 from pcd_ray.errors import TrainingError
-from pcd_ray.train.loop import TrainState, train_steps, unwrapped, views_of
+from pcd_ray.train.loop import train_steps, views_of
 from pcd_ray.train.metrics import warnings_of
 from pcd_ray.train.optim import Schedule
+from pcd_ray.train.state import TrainState, unwrapped
 
 CPU = torch.device("cpu")
 
@@ -338,7 +331,7 @@ def test_time_goes_to_waiting_or_computing_and_none_to_what_happens_between_step
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("pcd_ray.train.loop.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pcd_ray.train.clock.time.perf_counter", lambda: now[0])
     settings = loop_settings(steps=6, log_every_steps=3)
 
     def slow_batches() -> Iterator[dict[str, np.ndarray[Any, Any]]]:

@@ -18,7 +18,6 @@ from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build import build_method
 from pcd_ray.distill.build_teacher import load_teachers
 from pcd_ray.distill.weights import save_teacher
-from pcd_ray.train.loop import TrainState, moving_average
 from pcd_ray.train.optim import build_optimizer
 from pcd_ray.train.run_plan import plan_run
 from pcd_ray.train.run_scale import measured_cpu_ms, workload_of
@@ -33,6 +32,7 @@ from pcd_ray.train.scale import (
     sent_bytes_per_image,
     store_bytes_per_worker,
 )
+from pcd_ray.train.state import TrainState, moving_average
 
 README = (Path(__file__).parents[3] / "README.md").read_text()
 

@@ -23,8 +23,9 @@ from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.distill.teacher import TeacherIdentity
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.errors import ShardError, TrainingError, WeightsError
-from pcd_ray.train.loop import HostBatch, TrainState, train_steps
+from pcd_ray.train.loop import HostBatch, train_steps
 from pcd_ray.train.run_plan import plan_run
+from pcd_ray.train.state import TrainState
 from pcd_ray.train.teacher_cache import TeacherCache, cache_of, in_float16
 
 VIEWS = 4

@@ -7,7 +7,7 @@ import torch
 from loop_parts import loop_settings, new_state, steps_of
 
 from pcd_ray.checkpoint import to_host
-from pcd_ray.train.loop import TrainState
+from pcd_ray.train.state import TrainState
 
 WIDTHS, WEIGHTS = (6, 5), (0.5, 2.0)
 
