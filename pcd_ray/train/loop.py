@@ -31,7 +31,8 @@ from pcd_ray.errors import TrainingError
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train.clock import Clock, logged_metrics, peak_gib
 from pcd_ray.train.optim import Schedule, set_learning_rate
-from pcd_ray.train.state import CALM_ADVICE, TrainState, this_rank, unwrapped
+from pcd_ray.train.ranks import num_ranks, this_rank
+from pcd_ray.train.state import CALM_ADVICE, TrainState, unwrapped
 
 HostBatch = Mapping[str, np.ndarray[Any, Any]]
 """Views on the host: ``student_view`` (B, S, S, 3) uint8 and so on, as the data path ships them."""
@@ -88,7 +89,7 @@ def train_steps(
         clock.add({name: watched.pop(name) for name in _loss_names(state.branches)})
         metrics = None
         if logs:
-            weight = len(host["row"]) * _num_ranks() / settings.global_batch_size
+            weight = len(host["row"]) * num_ranks() / settings.global_batch_size
             metrics = logged_metrics(watched, clock, weight=weight) | {
                 names.LEARNING_RATE: learning_rate,
                 names.PEAK_GIB: peak_gib(device),
@@ -126,7 +127,7 @@ def train_step(
     if settings.clip_grad_norm:
         nn.utils.clip_grad_norm_(state.student.parameters(), settings.clip_grad_norm)
     state.optimizer.step()
-    sizes = rank_sizes(_num_ranks(), settings.global_batch_size)
+    sizes = rank_sizes(num_ranks(), settings.global_batch_size)
     for branch, each in zip(branches, zip(*results, strict=True), strict=True):
         if branch.queue is not None:
             branch.queue.push(gather_rows(torch.cat([result.keys for result in each]), sizes))
@@ -159,7 +160,7 @@ def _passes(state: TrainState, views: ViewBatch, settings: LoopSettings) -> list
             loss = weighted_sum([result.loss for result in results[-1]], branches)
             losses.append(loss.detach())
             verdict = _FiniteVerdict(losses) if last else None  # travels meanwhile
-            (loss * (size * _num_ranks() / batch_size)).backward()
+            (loss * (size * num_ranks() / batch_size)).backward()
     assert verdict is not None
     verdict.check(state.step, state.optimizer.param_groups[0]["lr"])
     return results
@@ -224,7 +225,3 @@ def _epoch_ended(step: int, settings: LoopSettings) -> int | None:
     size, batch = settings.images_per_epoch, settings.global_batch_size
     epoch = step * batch // size
     return epoch - 1 if epoch > (step - 1) * batch // size else None
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -4,17 +4,16 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointUploadMode
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 
 from pcd_ray import __version__, storage
 from pcd_ray import metric_names as names
@@ -33,26 +32,23 @@ from pcd_ray.data.plan import EpochPlan, RankPlan
 from pcd_ray.data.ray_views import view_batches
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import open_shards
-from pcd_ray.distill.build import Method, build_method, build_student
+from pcd_ray.distill.build import Method, build_method
 from pcd_ray.distill.build_head import FITTED_HEADS, save_fitted_head, stored_head
 from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teachers
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, TrainingError
-from pcd_ray.evaluate.classify.ray_knn import knn_scores
-from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images, open_probe
-from pcd_ray.evaluate.references import store_references, stored_references
-from pcd_ray.evaluate.segment.segmentation import linear_probe_miou
-from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
 from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
 from pcd_ray.train.loop import HostBatch, LoopSettings, StepDone, train_steps
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
+from pcd_ray.train.ranks import Place, barrier, from_rank_zero
 from pcd_ray.train.ray_heads import fit_head, fitting_line
 from pcd_ray.train.ray_preemption import PreemptionNotices
+from pcd_ray.train.ray_scores import RunScores
 from pcd_ray.train.run_plan import elastic_line, passes_of
-from pcd_ray.train.state import TrainState, average_batchnorm, moving_average, wrap_student
+from pcd_ray.train.state import TrainState, moving_average, wrap_student
 from pcd_ray.train.teacher_cache import cache_of
 
 
@@ -67,15 +63,6 @@ def train_worker(values: dict[str, Any]) -> None:
     until_it_cannot(RunFolder.of(config), lambda: _Run(config, values["mailbox"]).train())
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Who this worker is."""
-
-    rank: int
-    num_ranks: int
-    device: torch.device
-
-
 class _Run:
     """One worker's part of a run, from the first to the last step."""
 
@@ -85,7 +72,7 @@ class _Run:
         assert isinstance(device, torch.device)
         self.config = config
         self.folder = RunFolder.of(config)
-        self.place = _Place(context.get_world_rank(), context.get_world_size(), device)
+        self.place = Place(context.get_world_rank(), context.get_world_size(), device)
         self._mailbox = mailbox
         self.events = EventSender(mailbox if self.place.rank == 0 else None)
         self.shards = open_shards(config.data.shards)
@@ -95,9 +82,7 @@ class _Run:
         )
         self.maps: dict[str, StoredMaps] = {}
         self.method = self._build_method()
-        self.knn_images = open_knn_images(config)
-        for line in self.knn_images.left_out if self.knn_images else ():
-            self.events.say(f"note: kNN: {line}")
+        self.scores = RunScores(config, self.place, self.events)
         self.state = self._new_state()
         self._reported_step = -1
         self._notices = PreemptionNotices()
@@ -113,7 +98,7 @@ class _Run:
         self._restore()
         if self.config.train.min_workers < self.config.train.max_workers:
             self.events.say(elastic_line(self.config.train, self.place.num_ranks))
-        self._measure_references()
+        self.scores.measure_references(self.method.branches)
         self.events.resumed(self.state.step)
         batches = self._batches()
         steps = train_steps(self.state, batches, self._loop_settings())
@@ -151,7 +136,7 @@ class _Run:
     def _after_epoch(self, done: StepDone, epoch: float) -> None:
         assert done.epoch_ended is not None
         ended = done.epoch_ended + 1
-        scores = self._scores_of_epoch(ended)
+        scores = self.scores.of_epoch(self.state.judged, ended)
         if scores:
             self._last_scores |= scores
             self._scored_step = done.step
@@ -165,19 +150,6 @@ class _Run:
                 if verdict
                 else f"epoch {ended} read: {self.plan.images_per_epoch:,} images, {each}"
             )
-
-    def _scores_of_epoch(self, ended: int) -> dict[str, float]:
-        """Return what the student scores after an epoch (from 1), as asked; a collective."""
-        config, scores = self.config, dict[str, float]()
-        knn_every, probe_every = config.eval.every_epochs, config.eval.probe_every_epochs
-        if knn_every and self.knn_images is not None and ended % knn_every == 0:
-            average_batchnorm(self.state.judged)
-            found = self._knn(self.state.judged.backbone)
-            scores |= {names.KNN_TOP1: found[max(found)], names.KNN1_TOP1: found[1]}
-        if probe_every and ended % probe_every == 0:
-            average_batchnorm(self.state.judged)
-            scores[names.SEGMENTATION_MIOU] = self._probe(self.state.judged.backbone)
-        return scores
 
     def _batches(self) -> Iterator[HostBatch]:
         config = self.config
@@ -240,7 +212,7 @@ class _Run:
             if found.remark:
                 self.events.say(found.remark)
             save_fitted_head(uri, found.head, self.config, loaded)
-        _barrier()
+        barrier()
         fitted = stored_head(uri, self.config, loaded)
         assert fitted is not None  # rank 0 has just written it
         return fitted
@@ -264,7 +236,7 @@ class _Run:
     def _restore(self) -> None:
         """Continue from the newest whole checkpoint; rank 0 says which."""
         found = latest_checkpoint(self.folder) if self.place.rank == 0 else None
-        uri = _from_rank_zero(found.uri if found else None)
+        uri = from_rank_zero(found.uri if found else None)
         if uri is None:
             return
         stored = found or load_checkpoint(uri)
@@ -285,64 +257,6 @@ class _Run:
         for damaged in stored.passed_over.values():
             self.events.say(f"warning: passed over {damaged}")
         self.events.say(f"resumed at step {self.state.step} of {self.total_steps}")
-
-    def _measure_references(self) -> None:
-        """Measure kNN of the teachers and of the untrained student, anew where ``eval`` changed."""
-        if self.knn_images is None or not self.config.eval.every_epochs:
-            return
-        known = stored_references(self.folder, self.config) if self.place.rank == 0 else None
-        if _from_rank_zero(known) is not None:
-            return
-        found = {}
-        for branch in self.method.branches:
-            backbone = branch.teacher.backbone.to(self.place.device)
-            found[branch.name] = self._shared_knn(backbone)
-            if self.maps:  # it has nothing else to do on the device
-                backbone.cpu()
-        untrained = build_student(self.config, []).backbone.to(self.place.device)
-        found["untrained"] = self._shared_knn(untrained)
-        if self.place.rank == 0:
-            store_references(self.folder, self.config, found)
-            listed = ", ".join(
-                f"{branch.name} {found[branch.name]:.1f}%" for branch in self.method.branches
-            )
-            self.events.say(f"kNN top-1: {listed}, untrained student {found['untrained']:.1f}%")
-
-    def _shared_knn(self, network: nn.Module) -> float:
-        """Return the kNN of a network that training does not change, maybe of another run."""
-        stored = stored_knn(self.config, network) if self.place.rank == 0 else None
-        found: dict[int, float] = _from_rank_zero(stored) or self._knn(network)
-        if self.place.rank == 0 and stored is None:
-            store_knn(self.config, network, found)
-        return found[max(found)]
-
-    def _probe(self, network: nn.Module) -> float:
-        """Return the validation mIoU of a linear probe; rank 0 trains it, the others wait."""
-        miou = None
-        if self.place.rank == 0:
-            data = open_probe(self.config)
-            assert data is not None  # the configuration demands it
-            was_training = network.training
-            result = linear_probe_miou(network.eval(), data, seed=self.config.run.seed)
-            network.train(was_training)
-            miou = result.scores["val"].miou_pct
-        return float(_from_rank_zero(miou))
-
-    def _knn(self, network: nn.Module) -> dict[int, float]:
-        """Return top-1 in percent by number of neighbours; a collective."""
-        assert isinstance(self.knn_images, KnnImages)
-        was_training = network.training
-        scores = knn_scores(
-            network.eval(),
-            self.knn_images,
-            self.config,
-            device=self.place.device,
-            rank=self.place.rank,
-            num_ranks=self.place.num_ranks,
-            gather=_gather_parts,
-        )
-        network.train(was_training)
-        return scores
 
     def _checkpoint(self, metrics: dict[str, float] | None) -> None:
         """Copy the state to the host and let a background thread write it; a collective."""
@@ -423,24 +337,3 @@ def _write(  # noqa: PLR0913 - what to write, and what Ray adds
     )
     filesystem, path = patient_filesystem(uri)
     return RayCheckpoint(path, filesystem=filesystem)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _from_rank_zero(value: Any) -> Any:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _gather_parts(part: Tensor) -> Sequence[Tensor]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [part]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return parts

@@ -14,6 +14,7 @@ from pcd_ray.data.plan import SeenAudit
 from pcd_ray.distill.step import Branch
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import TrainingError
+from pcd_ray.train.ranks import gathered, num_ranks, this_rank
 
 CALM_ADVICE = "Lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.clip_grad_norm"
 """What helps against losses and weights that are not finite."""
@@ -93,7 +94,7 @@ class TrainState:
 def wrap_student(student: Student, *, device: torch.device, compiled: bool) -> nn.Module:
     """Wrap the student, and nothing else, for several ranks."""
     module: nn.Module = torch.compile(student) if compiled else student  # type: ignore[assignment]
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_ranks() == 1:
         return module
     return DistributedDataParallel(
         module,
@@ -128,7 +129,7 @@ def unwrapped(module: nn.Module) -> Student:
 @torch.no_grad()
 def average_batchnorm(student: nn.Module) -> None:
     """Replace BatchNorm statistics by their mean over ranks; a collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_ranks() == 1:
         return
     norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     # of the norms alone: a mean over three ranks moves constants in their last bit
@@ -137,7 +138,7 @@ def average_batchnorm(student: nn.Module) -> None:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    flat /= num_ranks()
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
 
@@ -158,21 +159,11 @@ def _check_finite(values: Mapping[str, Tensor], step: int) -> None:
 
 def _merged_audit(audit: SeenAudit) -> SeenAudit:
     """Sum all ranks' audits on rank 0; the others start anew, so that nothing counts twice."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    states = gathered(audit.state())
+    if len(states) == 1:
         return audit
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, audit.state())
-    return (
-        SeenAudit().merge([SeenAudit(state) for state in states])
-        if this_rank() == 0
-        else SeenAudit()
-    )
+    return SeenAudit().merge(map(SeenAudit, states)) if this_rank() == 0 else SeenAudit()
 
 
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
-
-
-def this_rank() -> int:
-    """Return this process's rank; 0 where it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,104 @@
+"""What networks score while a run trains: its student after epochs, others for comparison."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from pcd_ray import metric_names as names
+from pcd_ray.checkpoint import RunFolder
+from pcd_ray.config import Config
+from pcd_ray.distill.build import build_student
+from pcd_ray.distill.step import Branch
+from pcd_ray.distill.student import Student
+from pcd_ray.evaluate.classify.ray_knn import knn_scores
+from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images, open_probe
+from pcd_ray.evaluate.references import store_references, stored_references
+from pcd_ray.evaluate.segment.segmentation import linear_probe_miou
+from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
+from pcd_ray.ray_events import EventSender
+from pcd_ray.train.ranks import Place, from_rank_zero, gathered
+from pcd_ray.train.state import average_batchnorm
+
+
+class RunScores:
+    """One worker's part of judging, on the sets of ``eval``."""
+
+    def __init__(self, config: Config, place: Place, events: EventSender) -> None:
+        self.config = config
+        self.folder = RunFolder.of(config)
+        self.place = place
+        self.events = events
+        self.knn_images = open_knn_images(config)
+        for line in self.knn_images.left_out if self.knn_images else ():
+            events.say(f"note: kNN: {line}")
+
+    def of_epoch(self, student: Student, ended: int) -> dict[str, float]:
+        """Return what the student scores after an epoch (from 1), as asked; a collective."""
+        config, scores = self.config, dict[str, float]()
+        knn_every, probe_every = config.eval.every_epochs, config.eval.probe_every_epochs
+        if knn_every and self.knn_images is not None and ended % knn_every == 0:
+            average_batchnorm(student)
+            found = self._knn(student.backbone)
+            scores |= {names.KNN_TOP1: found[max(found)], names.KNN1_TOP1: found[1]}
+        if probe_every and ended % probe_every == 0:
+            average_batchnorm(student)
+            scores[names.SEGMENTATION_MIOU] = self._probe(student.backbone)
+        return scores
+
+    def measure_references(self, branches: Sequence[Branch]) -> None:
+        """Measure kNN of the teachers and of the untrained student, anew where ``eval`` changed."""
+        if self.knn_images is None or not self.config.eval.every_epochs:
+            return
+        known = stored_references(self.folder, self.config) if self.place.rank == 0 else None
+        if from_rank_zero(known) is not None:
+            return
+        found = {}
+        for branch in branches:
+            backbone = branch.teacher.backbone.to(self.place.device)
+            found[branch.name] = self._shared_knn(backbone)
+            if self.config.teachers[
+                branch.name
+            ].cache.views:  # it has nothing else to do on the device
+                backbone.cpu()
+        untrained = build_student(self.config, []).backbone.to(self.place.device)
+        found["untrained"] = self._shared_knn(untrained)
+        if self.place.rank == 0:
+            store_references(self.folder, self.config, found)
+            listed = ", ".join(f"{branch.name} {found[branch.name]:.1f}%" for branch in branches)
+            self.events.say(f"kNN top-1: {listed}, untrained student {found['untrained']:.1f}%")
+
+    def _shared_knn(self, network: nn.Module) -> float:
+        """Return the kNN of a network that training does not change, maybe of another run."""
+        stored = stored_knn(self.config, network) if self.place.rank == 0 else None
+        found: dict[int, float] = from_rank_zero(stored) or self._knn(network)
+        if self.place.rank == 0 and stored is None:
+            store_knn(self.config, network, found)
+        return found[max(found)]
+
+    def _probe(self, network: nn.Module) -> float:
+        """Return the validation mIoU of a linear probe; rank 0 trains it, the others wait."""
+        miou = None
+        if self.place.rank == 0:
+            data = open_probe(self.config)
+            assert data is not None  # the configuration demands it
+            was_training = network.training
+            result = linear_probe_miou(network.eval(), data, seed=self.config.run.seed)
+            network.train(was_training)
+            miou = result.scores["val"].miou_pct
+        return float(from_rank_zero(miou))
+
+    def _knn(self, network: nn.Module) -> dict[int, float]:
+        """Return top-1 in percent by number of neighbours; a collective."""
+        assert isinstance(self.knn_images, KnnImages)
+        was_training = network.training
+        scores = knn_scores(
+            network.eval(),
+            self.knn_images,
+            self.config,
+            device=self.place.device,
+            rank=self.place.rank,
+            num_ranks=self.place.num_ranks,
+            gather=gathered,
+        )
+        network.train(was_training)
+        return scores
