@@ -56,9 +56,7 @@ class RunScores:
         for branch in branches:
             backbone = branch.teacher.backbone.to(self.place.device)
             found[branch.name] = self._shared_knn(backbone)
-            if self.config.teachers[
-                branch.name
-            ].cache.views:  # it has nothing else to do on the device
+            if self.config.teachers[branch.name].cache.views:  # else it is needed there
                 backbone.cpu()
         untrained = build_student(self.config, []).backbone.to(self.place.device)
         found["untrained"] = self._shared_knn(untrained)
