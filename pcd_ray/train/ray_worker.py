@@ -41,13 +41,13 @@ from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
+from pcd_ray.train.elastic import elastic_line, passes_of
 from pcd_ray.train.loop import HostBatch, LoopSettings, StepDone, train_steps
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
 from pcd_ray.train.ranks import Place, barrier, from_rank_zero
 from pcd_ray.train.ray_heads import fit_head, fitting_line
 from pcd_ray.train.ray_preemption import PreemptionNotices
 from pcd_ray.train.ray_scores import RunScores
-from pcd_ray.train.run_plan import elastic_line, passes_of
 from pcd_ray.train.state import TrainState, moving_average, wrap_student
 from pcd_ray.train.teacher_cache import cache_of
 

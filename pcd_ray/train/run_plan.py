@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
-from pcd_ray.config import Config, DataConfig, TrainConfig
+from pcd_ray.config import Config, DataConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
-from pcd_ray.data.plan import EpochPlan, rank_sizes
+from pcd_ray.data.plan import EpochPlan
 from pcd_ray.data.shards import Shards, read_image_bytes
 from pcd_ray.distill.backbones import map_shape
 from pcd_ray.distill.build import Method, build_method
@@ -24,14 +24,10 @@ from pcd_ray.distill.fitted_head import check_pca_width
 from pcd_ray.distill.step import Branch
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.eval_sets import look_through, open_probe
+from pcd_ray.train.elastic import images_per_pass
+from pcd_ray.train.memory import memory_gib, parameters_of
 from pcd_ray.train.optim import peak_learning_rate
-from pcd_ray.train.run_scale import (
-    OPTIMIZER_COPIES,
-    machines_of,
-    map_numbers,
-    trained_weights,
-    workload_of,
-)
+from pcd_ray.train.run_scale import machines_of, trained_weights, workload_of
 from pcd_ray.train.scale import scale_of
 from pcd_ray.train.teacher_cache import cache_of
 
@@ -220,12 +216,12 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
         teacher_2=identities[1] | weights[1] | others[0] if others else None,
         student_map=method.student_map,
         student_parameters=trained_weights(method.student),
-        backbone_parameters=_parameters(method.student.backbone),
+        backbone_parameters=parameters_of(method.student.backbone),
         eval_read=eval_read,
         notes=notes
         | _queue_note(config, steps=steps)
         | precision_note(config.train.precision, device, torch.backends.cpu.get_cpu_capability()),
-        memory_gib_per_worker=round(_memory_gib(config, method), 2),
+        memory_gib_per_worker=round(memory_gib(config, method), 2),
         scale=_scale(config, shards, method, sample),
     )
 
@@ -245,7 +241,7 @@ def _facts(config: Config, method: Method, branch: Branch, device: str) -> dict[
         "loss_grid": branch.settings.grid or method.student_map[1:],
         "embedding_width": branch.teacher.width(branch.teacher_map[0]),
         "law_error": branch.law_error,
-        "teacher_parameters": _parameters(branch.teacher),
+        "teacher_parameters": parameters_of(branch.teacher),
     }
 
 
@@ -287,53 +283,6 @@ def _queue_note(config: Config, *, steps: int) -> dict[str, str]:
         "loss.queue_size": f"the queue of {config.loss.queue_size:,} needs {needed:,} steps to "
         f"fill, the run has {steps:,}; what is not filled stays random: use at most {most}"
     }
-
-
-def images_per_pass(train: TrainConfig) -> int:
-    """Return the most images that a worker takes at once, however many workers there are."""
-    return train.global_batch_size // (train.max_workers * train.accumulation_steps)
-
-
-def passes_of(train: TrainConfig, num_workers: int) -> int:
-    """Return how many parts so many workers cut their images of an optimiser step into.
-
-    As many on every worker, so that what they do together meets. Where a pass holds one image and
-    the batch does not split, the workers with one more take two in a pass.
-    """
-    sizes = rank_sizes(num_workers, train.global_batch_size)
-    return min(-(-max(sizes) // images_per_pass(train)), min(sizes))
-
-
-def elastic_line(train: TrainConfig, num_workers: int) -> str:
-    """Say how an elastic run keeps its global batch with so many workers."""
-    sizes = sorted(set(rank_sizes(num_workers, train.global_batch_size)))
-    passes = passes_of(train, num_workers)
-    return (
-        f"{num_workers} of {train.min_workers} to {train.max_workers} workers: the global batch of "
-        f"{train.global_batch_size} is kept as {' or '.join(map(str, sizes))} images each in "
-        f"{passes} pass{'es' if passes > 1 else ''}; the learning rate stays"
-    )
-
-
-def activation_bytes(network: nn.Module, image_size_px: int) -> int:
-    """Return the bytes of all layer outputs for one image: what a backward pass keeps."""
-    total = 0
-
-    def count(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal total
-        if isinstance(output, Tensor):
-            total += output.numel() * output.element_size()
-
-    leaves = [module for module in network.modules() if not list(module.children())]
-    hooks = [leaf.register_forward_hook(count) for leaf in leaves]
-    was_training = network.training
-    image = torch.zeros(1, image_size_px, image_size_px, 3, dtype=torch.uint8)
-    with torch.no_grad():
-        network.eval()(image)
-    network.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    return total
 
 
 def _own_head(config: Config, loaded: LoadedTeacher) -> nn.Sequential | None:
@@ -380,32 +329,3 @@ def _checked_sample(shards: Shards, data: DataConfig) -> list[bytes]:
         except UnreadableImage as error:
             raise unreadable(entry["key"], entry["uri"], str(error)) from error
     return contents
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _memory_gib(config: Config, method: Method) -> float:
-    images = images_per_pass(config.train)
-    size = config.augment.image_size_px
-    copies = 2 + OPTIMIZER_COPIES[config.optim.name]  # weights and gradients
-    copies += bool(config.student.ema)
-    teachers = sum(_parameters(branch.teacher) for branch in method.branches)
-    weights = 4 * (copies * _parameters(method.student) + teachers)
-    half = 0.5 if config.train.precision == "bf16" else 1.0
-    activations = half * images * activation_bytes(method.student, size)
-    negatives = [b.negatives for b in method.branches if b.negatives is not None]
-    queues = sum(vectors.numel() * 4 for vectors in negatives)
-    views = 2 * config.train.batch_size_per_worker * size * size * 3 * 4
-    maps = 0
-    if config.teacher.cache.views:  # in float16
-        maps = 2 * config.train.batch_size_per_worker * sum(map(map_numbers, method.branches))
-    pixels = 2 * 4 * images * sum(map(_compared_numbers, method.branches))  # the student's, theirs
-    return (weights + activations + queues + views + maps + pixels) / 2**30
-
-
-def _compared_numbers(branch: Branch) -> int:
-    """Return D * H * W of a map on the grid of the loss."""
-    height, width = branch.settings.grid or branch.teacher_map[1:]
-    return branch.teacher.width(branch.teacher_map[0]) * height * width

@@ -17,14 +17,8 @@ from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.distill.build_head import fit_pca_head
 from pcd_ray.distill.build_teacher import load_teacher
 from pcd_ray.errors import WeightsError
-from pcd_ray.train.run_plan import (
-    RunPlan,
-    elastic_line,
-    images_per_pass,
-    passes_of,
-    plan_run,
-    precision_note,
-)
+from pcd_ray.train.elastic import elastic_line, images_per_pass, passes_of
+from pcd_ray.train.run_plan import RunPlan, plan_run, precision_note
 
 NUM_IMAGES, POSITIONS, CHANNELS = 3, 4, 96  # of the shards and of test_resnet at 64 px
 
