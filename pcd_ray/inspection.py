@@ -114,7 +114,7 @@ def _weights(uri: str) -> InspectResult:
         "weights",
         {
             "method": "not said: a bare backbone" if parts.layout == "timm" else parts.layout,
-            "network": str(network),
+            "network": f"{network}, up to stage {parts.tap}" if parts.tap else str(network),
             "tensors": len(file.tensors),
             "parameters": sum(value.numel() for value in parts.backbone.values()),
             "head": layer_names(head) or f"none: {headless_words(parts)}",

@@ -96,6 +96,11 @@ def blaming(name: str) -> Iterator[None]:
 def _load_file(teacher: TeacherConfig) -> tuple[WholeNetwork, TeacherParts]:
     """Return the network that the weights file fits, loaded, and the file's parts."""
     parts = take_apart(read_weights(teacher.weights))
+    if parts.tap:
+        raise WeightsError(
+            f"{teacher.weights} holds a student that was trained up to stage {parts.tap} of "
+            f"{parts.network} alone (student.output_stride); give another file"
+        )
     known = _network(teacher, parts)
     if parts.layout == "timm" and known != parts.network:
         parts = replace(parts, mean=None, std=None)  # what was guessed is of another network

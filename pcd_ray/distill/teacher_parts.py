@@ -1,7 +1,8 @@
 """A weights file taken apart into backbone and head, every key used or named with its reason."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ _MASKING = {
     "decoder_": "a decoder of pixels, which is no projection head",
 }
 """Prefixes of keys that masked pre-training leaves beside a bare backbone, and what they are."""
+_NORMALISED_TWO_WAYS = re.compile(r"vit_(tiny|small|base)_patch16_224( \(.*\))?")
 _PARALLEL = "module."  # DistributedDataParallel puts it before every name
 
 
@@ -45,6 +47,8 @@ class TeacherParts:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     """Input normalisation in [0, 1]; None: what timm says of the network."""
+    tap: str = ""
+    """Last stage that a student was trained up to; empty: it has all its stages."""
 
 
 def take_apart(file: WeightsFile) -> TeacherParts:
@@ -85,6 +89,11 @@ def take_apart(file: WeightsFile) -> TeacherParts:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
+
+
+def all_licences(licences: Iterable[str]) -> str:
+    """Return the licences of all that weights come from, each once."""
+    return " and ".join(dict.fromkeys(each for each in licences if each))
 
 
 def headless_words(parts: TeacherParts) -> str:
@@ -185,6 +194,11 @@ def _bare(file: WeightsFile, tensors: dict[str, Tensor], beside: dict[str, str])
     network = network_of(tensors)
     if isinstance(network, Network):  # of others it may be a projection
         unused |= {f"{name}.": CLASSIFIER for name in ("fc", "head") if f"{name}.weight" in tensors}
+    if _NORMALISED_TWO_WAYS.fullmatch(str(network)) and has_classifier(tensors):
+        network = (
+            "a vision transformer with a classifier, whose input statistics its names and shapes "
+            "do not tell: vit_* (AugReg's) takes mean and std 0.5, deit_* ImageNet's"
+        )
     # self-supervised vision transformers take ImageNet's statistics, timm's supervised ones others
     imagenet = (
         isinstance(network, Network)
@@ -203,11 +217,6 @@ def _bare(file: WeightsFile, tensors: dict[str, Tensor], beside: dict[str, str])
 
 def _exported(file: WeightsFile) -> TeacherParts:
     said = file.metadata
-    if said.get("timm_tap"):
-        raise WeightsError(
-            f"{file.uri} holds a student that was trained up to stage {said['timm_tap']} of "
-            f"{said['timm_name']} alone (student.output_stride); give another file"
-        )
     try:
         kwargs = json.loads(said["timm_kwargs"])
         kwargs.pop("global_pool", None)  # it concerns the pooled output alone
@@ -215,9 +224,10 @@ def _exported(file: WeightsFile) -> TeacherParts:
             layout="pcd_ray",
             network=Network(said["timm_name"], kwargs),
             backbone=dict(file.tensors),
-            licence=said["teacher_licence"],
+            licence=all_licences([said["teacher_licence"], said.get("teacher_2_licence", "")]),
             mean=tuple(json.loads(said["mean"])),
             std=tuple(json.loads(said["std"])),
+            tap=said.get("timm_tap", ""),
         )
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise WeightsError(

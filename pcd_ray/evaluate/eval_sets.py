@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pcd_ray import storage
 from pcd_ray.config import Config, DataConfig
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.data.image_index import classes_of, column, relabelled
@@ -53,7 +54,7 @@ def open_knn_images(config: Config) -> KnnImages | None:
         return None
     left_out: list[str] = []
     train = _labelled("eval.knn_train", config.eval.knn_train, left_out)
-    if config.eval.knn_test == config.eval.knn_train:
+    if storage.absolute(config.eval.knn_test) == storage.absolute(config.eval.knn_train):
         return KnnImages(train, train, tuple(left_out), leave_one_out=True)
     test = _labelled("eval.knn_test", config.eval.knn_test, left_out)
     test = relabelled(test, classes_of(train))

@@ -155,7 +155,9 @@ def _knn(
     found = {}
     for name, network in networks.items():
         measure = partial(knn_scores, network, images, config, device=device)
-        found[name] = measure() if name == "student" else shared_knn(config, network, measure)
+        found[name] = (
+            measure() if name == "student" else shared_knn(config, network, images, measure)
+        )
     best = max(next(iter(found.values())))
     return {
         "knn_top1": {name: scores[best] for name, scores in found.items()},
@@ -171,7 +173,9 @@ def _probes(
         measure = partial(
             linear_probe_miou, network, data, seed=config.run.seed, splits=_judged_splits(data)
         )
-        probes[name] = measure() if name == "student" else shared_probe(config, network, measure)
+        probes[name] = (
+            measure() if name == "student" else shared_probe(config, network, data, measure)
+        )
     return probes
 
 

@@ -24,7 +24,7 @@ from pcd_ray.config import Config, StudentConfig, TeacherConfig, config_from_val
 from pcd_ray.distill.backbones import Backbone, is_known
 from pcd_ray.distill.build import build_student
 from pcd_ray.distill.build_teacher import load_teacher
-from pcd_ray.distill.teacher_parts import take_apart
+from pcd_ray.distill.teacher_parts import all_licences, take_apart
 from pcd_ray.distill.weights import load_backbone, read_weights, tensors_sha256
 from pcd_ray.errors import ConfigError, PcdError, WeightsError, naming
 from pcd_ray.evaluate.judged_network import JudgedNetwork
@@ -185,7 +185,7 @@ def _of_checkpoint(stored: Checkpoint) -> JudgedNetwork:
             source=f"{stored.uri}, step {stored.about['step']}",
             weights=weights,
         ),
-        licence=str(stored.about["teacher"]["licence"]),
+        licence=all_licences(str(stored.about[name]["licence"]) for name in stored.config.teachers),
     )
 
 
@@ -204,7 +204,8 @@ def _of_file(uri: str, arch: str) -> JudgedNetwork:
         return replace(published, source=uri)  # files of one name lie in several folders
     config = _exported_config(uri, said["config"])
     student = _of_student(label, config.student, config, source=uri, weights=file.tensors)
-    return replace(student, licence=str(said.get("teacher_licence", "")))
+    licences = (str(said.get(f"{name}_licence", "")) for name in config.teachers)
+    return replace(student, licence=all_licences(licences))
 
 
 def _exported_config(uri: str, text: str) -> Config:

@@ -7,9 +7,11 @@ from torch import nn
 from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config
+from pcd_ray.distill.backbones import Backbone
 from pcd_ray.distill.build import build_student
 from pcd_ray.distill.step import Branch
 from pcd_ray.distill.student import Student
+from pcd_ray.evaluate.classify.classify_settings import contents_of
 from pcd_ray.evaluate.classify.ray_knn import knn_scores
 from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images, open_probe
 from pcd_ray.evaluate.references import store_references, stored_references
@@ -49,7 +51,8 @@ class RunScores:
         """Measure kNN of the teachers and of the untrained student, anew where ``eval`` changed."""
         if self.knn_images is None or not self.config.eval.every_epochs:
             return
-        known = stored_references(self.folder, self.config) if self.place.rank == 0 else None
+        sets = contents_of(self.knn_images) if self.place.rank == 0 else []
+        known = stored_references(self.folder, self.config, sets) if sets else None
         if from_rank_zero(known) is not None:
             return
         found = {}
@@ -61,16 +64,18 @@ class RunScores:
         untrained = build_student(self.config, []).backbone.to(self.place.device)
         found["untrained"] = self._shared_knn(untrained)
         if self.place.rank == 0:
-            store_references(self.folder, self.config, found)
+            store_references(self.folder, self.config, found, sets)
             listed = ", ".join(f"{branch.name} {found[branch.name]:.1f}%" for branch in branches)
             self.events.say(f"kNN top-1: {listed}, untrained student {found['untrained']:.1f}%")
 
-    def _shared_knn(self, network: nn.Module) -> float:
+    def _shared_knn(self, network: Backbone) -> float:
         """Return the kNN of a network that training does not change, maybe of another run."""
-        stored = stored_knn(self.config, network) if self.place.rank == 0 else None
+        assert self.knn_images is not None
+        zero = self.place.rank == 0
+        stored = stored_knn(self.config, network, self.knn_images) if zero else None
         found: dict[int, float] = from_rank_zero(stored) or self._knn(network)
-        if self.place.rank == 0 and stored is None:
-            store_knn(self.config, network, found)
+        if zero and stored is None:
+            store_knn(self.config, network, self.knn_images, found)
         return found[max(found)]
 
     def _probe(self, network: nn.Module) -> float:

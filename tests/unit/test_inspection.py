@@ -1,4 +1,5 @@
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,14 @@ def test_a_run_its_checkpoint_and_what_it_exported(tmp_path: Path) -> None:
     assert exported["licence"] == TEACHER["licence"]
     body = student.backbone.body.state_dict()
     assert exported["parameters"] == sum(value.numel() for value in body.values())
+
+
+def test_a_student_that_was_trained_in_part_says_up_to_where(tmp_path: Path) -> None:
+    folder, _ = store_run(
+        tmp_path, 3, student={"backbone": "mobilenetv3_small_050", "output_stride": 16}
+    )
+    found = inspect(export(folder.uri).path).facts
+    assert re.fullmatch(r"mobilenetv3_small_050( \(.*\))?, up to stage \d", found["network"])
 
 
 def test_a_run_without_a_queue(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_imag
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from pcd_ray.distill.backbones import Backbone
 from pcd_ray.errors import ConfigError
@@ -201,6 +202,18 @@ def _region_proposals() -> RegionProposalNetwork:
     )
 
 
+def _pooler(side: int) -> MultiScaleRoIAlign:
+    """Return torchvision's RoIAlign, told the strides of the maps.
+
+    It would guess them from the first batch it sees, by heights without the padding: of images of
+    80 px, padded to 128, it takes every map for one of half its stride.
+    """
+    pooler = MultiScaleRoIAlign(list(_LEVELS), output_size=side, sampling_ratio=2)
+    pooler.scales = [1 / stride for stride in STRIDES]
+    pooler.map_levels = initLevelMapper(int(math.log2(STRIDES[0])), int(math.log2(STRIDES[-1])))
+    return pooler
+
+
 def _roi_heads(num_classes: int, masks: bool, box_head: BoxHead, rois_per_image: int) -> RoIHeads:
     side = 7
     head = (
@@ -211,7 +224,7 @@ def _roi_heads(num_classes: int, masks: bool, box_head: BoxHead, rois_per_image:
         )
     )
     heads = RoIHeads(
-        MultiScaleRoIAlign(list(_LEVELS), output_size=side, sampling_ratio=2),
+        _pooler(side),
         head,
         FastRCNNPredictor(_HIDDEN, num_classes + 1),
         fg_iou_thresh=0.5,
@@ -224,7 +237,7 @@ def _roi_heads(num_classes: int, masks: bool, box_head: BoxHead, rois_per_image:
         detections_per_img=100,
     )
     if masks:
-        heads.mask_roi_pool = MultiScaleRoIAlign(list(_LEVELS), output_size=14, sampling_ratio=2)
+        heads.mask_roi_pool = _pooler(14)
         heads.mask_head = MaskRCNNHeads(_CHANNELS, [_CHANNELS] * 4, 1, norm_layer=nn.BatchNorm2d)
         heads.mask_predictor = MaskRCNNPredictor(_CHANNELS, _CHANNELS, num_classes + 1)
     return heads

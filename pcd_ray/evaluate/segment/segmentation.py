@@ -37,7 +37,8 @@ class LinearHead:
 
     def predict(self, features: Tensor, *, height_px: int, width_px: int) -> Tensor:
         """Return the likeliest class of each pixel, (B, Y, X) uint8, of a map (B, C, h, w)."""
-        logits = features.permute(0, 2, 3, 1) @ self.weight + self.bias  # (B, h, w, L)
+        weight, bias = (each.to(features.device) for each in (self.weight, self.bias))
+        logits = features.permute(0, 2, 3, 1) @ weight + bias  # (B, h, w, L)
         masks = [  # one by one: full-size logits of many classes are large
             upsampled(one[None], height=height_px, width=width_px).argmax(dim=3) for one in logits
         ]

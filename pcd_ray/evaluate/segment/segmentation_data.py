@@ -2,7 +2,7 @@
 
     classes.txt                    one name per line; line number = label
     train.txt val.txt [test.txt]   ids, one per line
-    images/ID.jpg|.jpeg|.png       RGB
+    images/ID.jpg|.jpeg|.png       RGB; upright, as viewers show it
     masks/ID.png                   8 bits, one channel: a label, or 255 = void (not judged)
 
 Shapes: B images, L classes, H x W pixels of the network's input, Y x X pixels of the mask.
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pcd_ray import storage
-from pcd_ray.data.decode import MAX_DECODE_S, open_image
+from pcd_ray.data.decode import MAX_DECODE_S, finish_rgb, open_image
 from pcd_ray.errors import ShardError
 
 VOID = 255
@@ -66,17 +66,17 @@ class SegmentationData:
         return max(1, round(image.width * self.size_px / image.height)), self.size_px
 
     def decoded(self, name: str) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Return an id's image as it is stored, in RGB, and its labels of the same size.
+        """Return an id's image in full size, upright, in RGB, and its labels of the same size.
 
         Raises:
             ShardError: as for `example`.
         """
-        image = self._decoded(self.images[name]).convert("RGB")
+        image = self._opened(self.images[name], rgb=True)
         return image, self._labels(name, image.size)
 
     def _labels(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return the labels of an id's mask, whose image has this width and height."""
-        mask = self._decoded(self.masks[name])
+        mask = self._opened(self.masks[name], rgb=False)
         self._check_mask(name, mask, size)
         labels = np.asarray(mask)
         if self.relabel:
@@ -123,10 +123,12 @@ class SegmentationData:
             )
         return self.splits[split]
 
-    def _decoded(self, uri: str) -> Image.Image:
+    def _opened(self, uri: str, *, rgb: bool) -> Image.Image:
         data, max_pixels = storage.read_bytes(uri), 2 * (Image.MAX_IMAGE_PIXELS or 0)
         try:
             image = open_image(data, max_pixels=max_pixels, max_decode_s=self.max_decode_s)
+            if rgb:
+                return finish_rgb(image)
             image.load()
         except Exception as error:  # Pillow's parsers raise any kind of error on damaged bytes
             raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
@@ -141,7 +143,7 @@ class SegmentationData:
         if mask.size != size:
             raise ShardError(
                 f"{self.masks[name]}: the mask is {mask.width} x {mask.height} px, its image "
-                f"{size[0]} x {size[1]}; make them equal"
+                f"{size[0]} x {size[1]} (upright, as its EXIF orientation says); make them equal"
             )
 
 

@@ -537,7 +537,10 @@ def test_input_statistics_follow_the_release_the_file_and_the_options(
     name = "vit_tiny_patch16_224"  # timm's own take 0.5
     state = timm.create_model(name).state_dict()
     supervised = save(state, tmp_path / "supervised.pth")
-    assert mean(supervised) == half
+    assert mean(supervised, arch=name) == half
+    assert mean(supervised, arch=name.replace("vit", "deit")) == imagenet
+    with pytest.raises(WeightsError, match=r"vit_\* \(AugReg's\) .* deit_\* ImageNet's; set tea"):
+        load(supervised)
     bare = {key: value for key, value in state.items() if not key.startswith("head.")}
     headless = save(bare, tmp_path / "dino_backbone.pth")
     assert mean(headless) == mean(headless, arch=name) == imagenet

@@ -14,6 +14,7 @@ from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.evaluate.run_report import write_report
 
 EVAL: dict[str, Any] = {"knn_train": "a", "knn_test": "b", "every_epochs": 1}
+SETS = ["c" * 64, "d" * 64]
 FOUND = {"teacher": 60.0, "untrained": 20.0}
 JUDGED = {"untrained": 33.0, "student": 44.0, "teacher": 55.0}
 HISTORY = [{"step": step, "eval/knn_top1_pct": 20.0 + step} for step in range(5)]
@@ -53,8 +54,9 @@ def test_references_count_for_what_they_were_measured_on_alone(
 ) -> None:
     folder, config = run(tmp_path)
     assert stored_references(folder, config) is None
-    store_references(folder, config, FOUND)
-    assert stored_references(folder, config) == FOUND
+    store_references(folder, config, FOUND, SETS)
+    assert stored_references(folder, config) == stored_references(folder, config, SETS) == FOUND
+    assert stored_references(folder, config, [SETS[0], "e" * 64]) is None  # other images since
     assert stored_references(*run(tmp_path, every_epochs=7, image_size_px=64)) == FOUND
     assert stored_references(*run(tmp_path, **changes)) is None
 
@@ -72,6 +74,6 @@ def test_a_report_draws_references_of_the_same_sets_and_else_what_was_judged(
 ) -> None:
     folder, config = run(tmp_path)
     assert curves_of(folder, config) == drawn(JUDGED)
-    store_references(folder, config, FOUND)
+    store_references(folder, config, FOUND, SETS)
     assert curves_of(folder, config) == drawn(FOUND)
     assert curves_of(*run(tmp_path, knn_test="c")) == drawn(JUDGED)

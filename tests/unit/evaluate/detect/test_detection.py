@@ -10,6 +10,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.ops import roi_align
 
 from pcd_ray.distill.backbones import build_backbone
 from pcd_ray.errors import ConfigError
@@ -115,6 +116,24 @@ def test_losses_and_boxes_are_those_of_torchvisions_own_network(
     torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-6, atol=1e-9)
     assert found["labels"].equal(expected["labels"])
+
+
+@pytest.mark.parametrize("height", [33, 64, 80, 90, 130])
+def test_regions_are_read_where_they_are_whatever_the_padding(height: int) -> None:
+    detector = ours().eval()
+    with torch.no_grad():
+        detect(detector, pictures(((height, 70),)), [(height, 70)])
+    box = torch.tensor([[4.0, 6.0, 40.0, 30.0]])  # so small that it is read at stride 4
+    maps = {str(level): torch.randn(1, 256, 32 >> level, 32 >> level) for level in range(4)}
+    expected = roi_align(maps["0"], [box], 7, spatial_scale=0.25, sampling_ratio=2)
+    for pooler, side in (
+        (detector.roi_heads.box_roi_pool, 7),
+        (detector.roi_heads.mask_roi_pool, 14),
+    ):
+        found = pooler(maps, [box], [(height, 70)])
+        if side == 7:
+            assert torch.equal(found, expected)
+        assert pooler.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
 def test_detections_are_given_in_the_stored_size() -> None:

@@ -42,6 +42,18 @@ def test_resizing_keeps_the_shape_of_images_and_leaves_masks_whole(tmp_path: Pat
     assert colour.float().mean(dim=0)[0] > 150  # class 0 is still red
 
 
+def test_photographs_are_turned_as_viewers_turn_them(tmp_path: Path) -> None:
+    folder = painted_set(tmp_path)
+    upright, labels = open_segmentation(folder).decoded("val_00")
+    exif = Image.Exif()
+    exif[0x0112] = 8  # stored turned by a quarter
+    turned = upright.transpose(Image.Transpose.ROTATE_270)
+    turned.save(tmp_path / "images" / "val_00.png", exif=exif)
+    image, same = open_segmentation(folder).decoded("val_00")
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(upright))
+    np.testing.assert_array_equal(same, labels)
+
+
 def test_a_batch_ends_where_the_size_changes(tmp_path: Path) -> None:
     masks = [random_mask(seed, height=height) for seed, height in enumerate((8, 8, 16, 8))]
     pairs = [(painted(mask), mask) for mask in masks]
