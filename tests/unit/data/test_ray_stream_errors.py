@@ -11,7 +11,7 @@ from pcd_ray.ray_fit import FAILURE_FILE, until_it_cannot
 
 
 def taken(error: Exception) -> Batch:
-    def work(block: Batch) -> Batch:
+    def work(_: Batch) -> Batch:
         raise error
 
     return _checked(_guarded(work, {}))
