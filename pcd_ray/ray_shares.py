@@ -118,8 +118,8 @@ def _check_labels_of_elastic(have: Cluster, workers: Need) -> None:
     room = room_for(others, replace(workers, labels={}))
     if room:
         raise ClusterError(
-            f"train.num_workers is elastic{on_nodes(workers.labels)}, but Ray counts the room on all "
-            f"nodes, and the others hold {replace(workers, count=room, labels={})}, "
+            f"train.num_workers is elastic{on_nodes(workers.labels)}, but Ray counts the room on "
+            f"all nodes, and the others hold {replace(workers, count=room, labels={})}, "
             f"{_nodes_of(have)}; give train.num_workers one number, or train.node_labels that all "
             "nodes with such resources have"
         )
