@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step_00001234`` with ``state.pt`` (student, its moving average where one
 is kept, optimiser, queues, step, audit: plain tensors and numbers), ``config.yaml`` (all options)
 and, written last, ``checkpoint.json`` (format, step, teachers, hash of the state): a folder without
-a valid one does not count.
+one does not count, and one that cannot be read is damaged, for it is written whole.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ FORMAT = 2
 """1 had one head and one queue: written before a student could have two teachers."""
 BEST = "best"
 """``RUN/best`` is the checkpoint of a run that scored best."""
-_MARK = re.compile(r"/step_(\d+)/checkpoint\.json$")
+_MARK = "checkpoint.json"
+_MARKED = re.compile(rf"/step_(\d+)/{re.escape(_MARK)}$")
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -131,7 +132,7 @@ def save_checkpoint(
     storage.write_bytes(storage.join(uri, "state.pt"), data)
     storage.write_text(storage.join(uri, "config.yaml"), to_yaml(config))
     content = {**about, "format": FORMAT, "state_sha256": hashlib.sha256(data).hexdigest()}
-    storage.write_text(storage.join(uri, "checkpoint.json"), json.dumps(content, indent=2))
+    storage.write_text(storage.join(uri, _MARK), json.dumps(content, indent=2))
 
 
 def load_checkpoint(uri: str) -> Checkpoint:
@@ -140,12 +141,13 @@ def load_checkpoint(uri: str) -> Checkpoint:
     Raises:
         CheckpointError: it is no checkpoint, incomplete, damaged, or of another format.
     """
+    if not storage.exists(storage.join(uri, _MARK)):
+        raise CheckpointError(
+            f"{uri} is no complete checkpoint (no checkpoint.json); give a step_* folder of a run"
+        )
     about = _about(uri)
     if about is None:
-        raise CheckpointError(
-            f"{uri} is no complete checkpoint (no readable checkpoint.json); "
-            "give a step_* folder of a run"
-        )
+        raise DamagedCheckpointError(f"{uri}: checkpoint.json is damaged; use an older step")
     if about.get("format") != FORMAT:
         raise CheckpointError(
             f"{uri} has checkpoint format {about.get('format')}, this version reads {FORMAT} "
@@ -165,11 +167,13 @@ def load_checkpoint(uri: str) -> Checkpoint:
 
 
 def checkpoint_steps(folder: RunFolder) -> list[int]:
-    """Return the steps of all complete checkpoints of a run, ascending."""
+    """Return the steps of all checkpoints of a run that were completed, ascending.
+
+    Some of them may be damaged since.
+    """
     paths = [storage.split_query(file.uri)[0] for file in storage.list_files(folder.checkpoints)]
-    found = (_MARK.search(path) for path in paths)
-    steps = sorted(int(match[1]) for match in found if match)
-    return [s for s in steps if _about(storage.join(folder.checkpoints, checkpoint_name(s)))]
+    found = (_MARKED.search(path) for path in paths)
+    return sorted(int(match[1]) for match in found if match)
 
 
 def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
@@ -196,9 +200,10 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
 
 
 def best_steps(folder: RunFolder, score: str) -> list[int]:
-    """Return the steps of complete checkpoints at which a score was measured, the best first.
+    """Return the steps of checkpoints at which this score was measured, the best first.
 
-    Of equals the older comes first: it took fewer steps.
+    Of equals the older comes first: it took fewer steps. What a checkpoint was not scored with
+    itself, its metrics hold as it was measured last.
 
     Args:
         folder: the run's.
@@ -207,8 +212,9 @@ def best_steps(folder: RunFolder, score: str) -> list[int]:
     scores = {}
     for step in checkpoint_steps(folder):
         about = _about(storage.join(folder.checkpoints, checkpoint_name(step))) or {}
-        metrics = about.get("metrics")
-        value = metrics.get(score) if isinstance(metrics, dict) and about.get("scored") else None
+        metrics, scored = about.get("metrics"), about.get("scored")
+        own = scored is True or (isinstance(scored, list) and score in scored)  # True: of old
+        value = metrics.get(score) if isinstance(metrics, dict) and own else None
         if isinstance(value, int | float):
             scores[step] = value
     return sorted(scores, key=lambda step: (-scores[step], step))
@@ -228,7 +234,8 @@ def prune_checkpoints(
         folder: the run's.
         written: step of the new checkpoint. What lies beyond it may be damaged, and counts for
             nothing: it would take the place of a good one.
-        keep_last: how many checkpoints stay, the new one among them.
+        keep_last: how many checkpoints stay, the new one among them; one whose mark is damaged
+            takes nobody's place.
         keep_best: how many of the best stay besides, and by which score.
         damaged: URIs that were passed over when the run resumed; one that has been written anew
             stays.
@@ -236,7 +243,11 @@ def prune_checkpoints(
     for uri in damaged:
         if storage.name_of(uri) != checkpoint_name(written):
             storage.delete_folder(uri)
-    steps = [step for step in checkpoint_steps(folder) if step <= written]
+    steps = [
+        step
+        for step in checkpoint_steps(folder)
+        if step <= written and _about(storage.join(folder.checkpoints, checkpoint_name(step)))
+    ]
     count, score = keep_best
     best = [step for step in best_steps(folder, score) if step <= written] if count else []
     for step in steps[:-keep_last]:
@@ -250,7 +261,7 @@ def find_checkpoint(uri: str) -> Checkpoint:
     Raises:
         CheckpointError: none of these.
     """
-    if storage.exists(storage.join(uri, "checkpoint.json")):
+    if storage.exists(storage.join(uri, _MARK)):
         return load_checkpoint(uri)
     if storage.name_of(uri) == BEST and not storage.exists(uri):
         return _best_checkpoint(RunFolder(storage.parent(storage.absolute(uri))))
@@ -297,9 +308,10 @@ def _read(uri: str, name: str) -> bytes:
 
 
 def _about(uri: str) -> dict[str, Any] | None:
-    mark = storage.join(uri, "checkpoint.json")
+    """Return what a checkpoint's mark says; None: there is none, or it is damaged."""
+    mark = storage.join(uri, _MARK)
     try:
         content = storage.parse_json(storage.read_text(mark)) if storage.exists(mark) else None
     except (ValueError, storage.NotTextError):
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and "format" in content else None

@@ -108,7 +108,6 @@ def _run_config(folder: RunFolder, settings: TrainConfig, mailbox: str) -> ray.t
         failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
             max_failures=settings.max_failures,
             max_preemption_failures=settings.max_preemptions,
-            relax_collectives_on_preemption=True,  # who stays must not wait for who is gone
         ),
         callbacks=[_Losses(folder, mailbox)],  # type: ignore[list-item]
     )

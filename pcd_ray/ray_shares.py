@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pcd_ray.errors import ClusterError
-from pcd_ray.ray_nodes import Cluster, Labels, Need, Node, fits, nodes_with, on_nodes
+from pcd_ray.ray_nodes import Cluster, Labels, Need, Node, fits, nodes_with, on_nodes, room_for
 
 _SMALL_CPUS = 4  # up to this many on a single machine, workers reserve none of them
 _CPUS_PER_ACTOR = 4  # of a pool that computes on CPUs; more threads scale badly
@@ -75,7 +75,8 @@ def share_for_workers(have: Cluster, asked: Asked) -> WorkerShare:
     beside as many as there is room for.
 
     Raises:
-        ClusterError: the cluster can never hold the workers and one data task.
+        ClusterError: the cluster can never hold the workers and one data task, or Ray would count
+            room for elastic workers where they may not run.
     """
     there = nodes_with(have.most, asked.worker_labels)
     device = asked.device
@@ -99,7 +100,29 @@ def share_for_workers(have: Cluster, asked: Asked) -> WorkerShare:
             f"{cpus * least + task.cpus:g} CPUs{_and_gpus(workers)}, {_nodes_of(have)}; lower "
             f"train.num_workers, train.cpus_per_worker or data.cpus_per_task{_hint(have)}"
         )
+    if asked.least < asked.most:
+        _check_labels_of_elastic(have, workers)
     return share
+
+
+def _check_labels_of_elastic(have: Cluster, workers: Need) -> None:
+    """Refuse labels that Ray Train's count of the workers that there could be is wrong about.
+
+    It counts by resources on all nodes: it would wait for workers that no node with the labels can
+    hold, and stop a healthy group to start a larger one.
+
+    Raises:
+        ClusterError: nodes without the labels could hold a worker too.
+    """
+    others = [node for node in have.most if not nodes_with([node], workers.labels)]
+    room = room_for(others, replace(workers, labels={}))
+    if room:
+        raise ClusterError(
+            f"train.num_workers is elastic{on_nodes(workers.labels)}, but Ray counts the room on "
+            f"all nodes, and the others hold {replace(workers, count=room, labels={})}, "
+            f"{_nodes_of(have)}; give train.num_workers one number, or train.node_labels that all "
+            "nodes with such resources have"
+        )
 
 
 def cpus_beside_others(have: Cluster, asked: Asked, *, groups: int) -> float:
@@ -226,7 +249,12 @@ def _is_small(have: Cluster) -> bool:
 
 
 def _rounded(cpus: float) -> float:
-    return math.floor(cpus * 1000) / 1000  # down: the last one must fit as well
+    """Round down, for the last one must fit as well: to sixteenths, which add up exactly.
+
+    Ray Train divides what several workers have reserved by what one reserves, in floats: of
+    3 x 1.333 it would count 2.
+    """
+    return math.floor(cpus * 16) / 16 or math.floor(cpus * 1000) / 1000
 
 
 def _nodes_of(have: Cluster) -> str:

@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from pcd_ray.errors import PcdError
 from pcd_ray.patience import may_pass, patiently
 from pcd_ray.uris import (
+    BUCKETS,
     absolute,
     inside,
     is_remote,
@@ -58,7 +59,6 @@ __all__ = [
 ]
 
 _Result = TypeVar("_Result")
-_BUCKETS = ("s3", "gs", "gcs")
 _S3_OPTIONS = (
     "region",
     "endpoint_override",
@@ -117,7 +117,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 def _remote_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     base, query = split_query(uri)
     scheme, _, path = base.partition("://")
-    if scheme not in _BUCKETS:
+    if scheme not in BUCKETS:
         fs, path = pafs.FileSystem.from_uri(uri)
         return fs, path
     if scheme != "s3" and "retry_limit_seconds=" not in query:

@@ -6,12 +6,16 @@ Nothing here looks at a file system.
 import posixpath
 import re
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from pcd_ray.errors import PcdError
 
-_SECRETS = ("key", "secret", "token", "password", "credential", "signature", "sig")
-"""Words that name a secret when they end a query parameter's name, e.g. ``access_key``."""
+BUCKETS = ("s3", "gs", "gcs")
+"""Schemes of object stores, whose URIs begin with a bucket."""
+_SECRETS = ("key", "secret", "token", "password", "credential", "credentials", "signature", "sig")
+"""Words that name a secret when they end a query parameter's name, e.g. ``access_key``; a key's
+``id`` is one too.
+"""
 _WITHOUT_ACCOUNT = "anonymous"  # gs://anonymous@bucket, for buckets that anybody may read
 
 
@@ -81,23 +85,45 @@ def refuse_secrets(uri: str) -> None:
     Raises:
         SecretInUriError: it has a user, a password, or a query parameter that names a secret.
     """
-    if not is_remote(uri) or not _carries_secret(uri):
+    if not is_remote(uri):
         return
-    base = re.sub(r"//[^/]*@", "//", split_query(uri)[0])
+    base, query = split_query(uri)
+    if _names_account(uri):
+        shown = f"{base.partition('://')[0]}://***"  # where the secret ends is not known
+    elif _names_secret(query):
+        shown = base
+    else:
+        return
     raise SecretInUriError(
-        f"a URI of {base} carries a key, a password or a token, which would be written to "
+        f"a URI of {shown} carries a key, a password or a token, which would be written to "
         "configurations, logs and checkpoints; take it out of the URI and give it by the "
         "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "GOOGLE_APPLICATION_CREDENTIALS) or by the machine's role"
     )
 
 
-def _carries_secret(uri: str) -> bool:
-    base, query = split_query(uri)
-    account = base.partition("://")[2].partition("/")[0].rpartition("@")[0]
+def _names_account(uri: str) -> bool:
+    """Say whether a URI begins with an account, as in ``user:password@host``.
+
+    A password may hold ``/`` and ``?``, and what stands before them is then no bucket and no host:
+    a bucket has no ``:`` in its name, a host no more than a port after it.
+    """
+    scheme, _, rest = uri.partition("://")
+    first = re.split(r"[/?]", rest.lstrip("/"))[0]
+    account, _, place = first.rpartition("@")
     if account not in ("", _WITHOUT_ACCOUNT):
         return True
-    names = (name.lower() for name, _ in parse_qsl(query[1:], keep_blank_values=True))
-    return any(re.split(r"[_.-]", name)[-1] in _SECRETS for name in names) or bool(
-        urlsplit(f"//{dict(parse_qsl(query[1:])).get('endpoint_override', '')}").username
-    )
+    if scheme.lower() in BUCKETS:
+        return ":" in place
+    return "@" in rest and re.fullmatch(r"([^:]*|\[[^]]*\])(:\d+)?", place) is None
+
+
+def _names_secret(query: str) -> bool:
+    """Say whether a URI's query holds a secret, or an endpoint with an account."""
+    for name, value in parse_qsl(query[1:], keep_blank_values=True):
+        plain = re.sub(r"[^a-z]", "", name.lower())
+        if plain.removesuffix("id").endswith(_SECRETS):
+            return True
+        if plain == "endpointoverride" and "@" in value:
+            return True
+    return False

@@ -20,7 +20,7 @@ from pcd_ray.errors import ConfigError, PcdError, ShardError, TrainingError, Wei
 from pcd_ray.ray_cluster import PASSIVE_THREADS
 from pcd_ray.ray_nodes import object_store_bytes
 from pcd_ray.ray_shares import WorkerShare
-from pcd_ray.storage import StorageError
+from pcd_ray.storage import GoneError, StorageError, UnavailableError
 
 Batch = dict[str, np.ndarray[Any, Any]]
 Stage = Callable[[Batch], Batch]
@@ -33,7 +33,15 @@ OVERLAP_CHUNKS = 256
 _ERROR = "error"
 _KINDS = {
     kind.__name__: kind
-    for kind in (ConfigError, ShardError, StorageError, TrainingError, WeightsError)
+    for kind in (
+        ConfigError,
+        ShardError,
+        StorageError,
+        GoneError,
+        UnavailableError,  # a run outlives it, no other kind
+        TrainingError,
+        WeightsError,
+    )
 }
 _STORE_SHARE = 0.4  # of the object stores of its nodes: what all streams together may fill
 _STEP_S = 0.02  # least time from one step of Ray Data's scheduling to the next

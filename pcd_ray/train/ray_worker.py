@@ -89,7 +89,7 @@ class _Run:
         self._timed_step = 0  # up to here, this time went by since the last checkpoint
         self._unsaved_s = 0.0
         self._last_scores: dict[str, float] = {}
-        self._scored_step = -1
+        self._scored: tuple[int, list[str]] = (-1, [])  # a step and what was measured at it
         self._passed_over: tuple[str, ...] = ()
 
     def train(self) -> None:
@@ -139,7 +139,7 @@ class _Run:
         scores = self.scores.of_epoch(self.state.judged, ended)
         if scores:
             self._last_scores |= scores
-            self._scored_step = done.step
+            self._scored = (done.step, sorted(scores))
             self.events.metrics(done.step, epoch, scores)
         self._checkpoint(done.metrics)
         verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
@@ -288,6 +288,7 @@ class _Run:
     def _about(self, metrics: dict[str, Any]) -> dict[str, Any]:
         method = self.method
         backbone = method.student.backbone
+        scored_step, names_scored = self._scored
         return {
             "step": self.state.step,
             "total_steps": self.total_steps,
@@ -303,7 +304,7 @@ class _Run:
             },
             "data_sha256": self.shards.content_hash,
             "metrics": metrics,
-            "scored": self._scored_step == self.state.step,
+            "scored": names_scored if scored_step == self.state.step else [],
             "version": __version__,
         }
 

@@ -49,7 +49,9 @@ class TrainState:
         """Return the state of a checkpoint; a collective: every rank calls it.
 
         BatchNorm statistics are averaged over ranks first. They are running means, so averaging
-        them now or later gives the same: checkpoints do not change a run.
+        them now or later gives the same but for rounding. Of runs whose checkpoints fall at other
+        steps, weights and queues end equal to the bit, statistics over several ranks but for their
+        last bits.
 
         Raises:
             TrainingError: the student holds a number that is not finite; nobody could go on from

@@ -24,7 +24,7 @@ from pcd_ray.checkpoint import (
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.distill.feature_queue import FeatureQueue
 from pcd_ray.errors import CheckpointError
-from pcd_ray.metric_names import KNN_TOP1
+from pcd_ray.metric_names import KNN_TOP1, SEGMENTATION_MIOU
 
 CONFIG = config_from_values({"run": {"name": "kept", "seed": 7}, "loss": {"temperature": 0.1}})
 
@@ -145,6 +145,20 @@ def test_a_score_that_was_measured_earlier_makes_no_checkpoint_the_best(
     assert checkpoint_steps(folder) == [10, 16]
 
 
+def test_a_score_that_was_measured_earlier_counts_for_nothing_beside_one_that_is_new(
+    folder: RunFolder,
+) -> None:
+    """kNN after each epoch, the probe after every tenth: its newest value stands in all."""
+    for epoch in range(10, 23):
+        new = [KNN_TOP1, SEGMENTATION_MIOU] if epoch % 10 == 0 else [KNN_TOP1]
+        metrics = {KNN_TOP1: 1.0 * epoch, SEGMENTATION_MIOU: 40.0 if epoch < 20 else 41.0}
+        save(folder, epoch, metrics=metrics, scored=new)
+        prune_checkpoints(folder, written=epoch, keep_last=1, keep_best=(2, SEGMENTATION_MIOU))
+    assert checkpoint_steps(folder) == [10, 20, 22]
+    assert best_steps(folder, SEGMENTATION_MIOU) == [20, 10]
+    assert best_steps(folder, KNN_TOP1) == [22, 20, 10]
+
+
 def test_the_best_is_asked_for_by_name_and_refused_where_nothing_was_scored(
     folder: RunFolder,
 ) -> None:
@@ -228,9 +242,36 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over(
     found = latest_checkpoint(folder)
     assert found is not None
     assert found.state["step"] == 1
-    if name != "checkpoint.json":  # without that file it does not count, as if half written
-        assert list(found.passed_over) == [str(newest)]
-        assert str(newest) in found.passed_over[str(newest)]
+    assert list(found.passed_over) == [str(newest)]
+    assert f"{newest}: {name} " in found.passed_over[str(newest)]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "config.yaml", "checkpoint.json"])
+@pytest.mark.parametrize("damaged", ["", "[1]", "{}"])
+def test_a_damaged_checkpoint_that_is_alone_is_never_taken_for_a_new_run(
+    folder: RunFolder, name: str, damaged: str
+) -> None:
+    alone = save(folder, 1)
+    (alone / name).write_text("run: [unclosed" if name == "config.yaml" else damaged)
+    assert checkpoint_steps(folder) == [1]
+    for read in (lambda: latest_checkpoint(folder), lambda: find_checkpoint(folder.uri)):
+        with pytest.raises(CheckpointError, match=rf"none of its .* is whole \(.*{name} "):
+            read()
+
+
+def test_a_damaged_mark_takes_no_good_checkpoints_place(folder: RunFolder) -> None:
+    for step in (1, 2, 3, 4):
+        save(folder, step)
+    (Path(folder.checkpoints) / checkpoint_name(3) / "checkpoint.json").write_text("{cut")
+    prune_checkpoints(folder, written=4, keep_last=2)
+    assert checkpoint_steps(folder) == [2, 3, 4]
+    prune_checkpoints(
+        folder,
+        written=4,
+        keep_last=2,
+        damaged=[storage.join(folder.checkpoints, checkpoint_name(3))],
+    )
+    assert checkpoint_steps(folder) == [2, 4]
 
 
 def test_a_state_that_was_tampered_with_is_refused(folder: RunFolder) -> None:

@@ -13,7 +13,13 @@ from stored_run import store_run
 
 from pcd_ray.config import TrainConfig
 from pcd_ray.errors import ShardError, TrainingError
-from pcd_ray.ray_fit import FAILURE_FILE, loss_line, raise_failure, stopped_in_order
+from pcd_ray.ray_fit import (
+    FAILURE_FILE,
+    _run_config,
+    loss_line,
+    raise_failure,
+    stopped_in_order,
+)
 
 SETTINGS = TrainConfig(max_failures=2, max_preemptions=4)
 
@@ -103,3 +109,11 @@ def test_a_thread_that_trains_has_no_say_in_signals() -> None:
     thread.start()
     thread.join()
     assert seen == ["ran"]
+
+
+def test_on_a_notice_no_report_goes_on_without_a_worker_that_is_still_there(tmp_path: Path) -> None:
+    """Relaxed, a worker that reports last would wait for ever, and the others for its gradients."""
+    folder, _ = store_run(tmp_path, 10)
+    failures = _run_config(folder, SETTINGS, "mailbox").failure_config
+    assert not failures.relax_collectives_on_preemption
+    assert (failures.max_failures, failures.max_preemption_failures) == (2, 4)

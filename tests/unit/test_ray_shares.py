@@ -7,7 +7,9 @@ from pcd_ray.ray_nodes import Cluster, Node, fits, with_autoscaled
 from pcd_ray.ray_shares import (
     Asked,
     WorkerShare,
+    _rounded,
     check_data_task,
+    cpus_beside_others,
     needs_of,
     share_for_pool,
     share_for_workers,
@@ -88,6 +90,47 @@ def test_of_an_elastic_pair_the_least_must_fit_and_each_gets_what_leaves_room_fo
     assert share(six, (2, 8), cpus_per_worker=1.5).cpus == 1.5  # and a data task
     with pytest.raises(ClusterError, match=r"num_workers=4 x 1\.5 CPUs and one data task"):
         share(six, (4, 8), cpus_per_worker=1.5)
+
+
+def test_elastic_workers_with_labels_are_refused_where_ray_would_count_other_nodes() -> None:
+    have = autoscaled(Node(8, 0, DATA, count=2), Node(4, 0, TRAIN, count=2))
+    assert share(have, 2, **POOLS).cpus == 4.0
+    assert share(have, (2, 2), **POOLS).cpus == 4.0
+    message = (
+        "train.num_workers is elastic on nodes with pool=train, but Ray counts the room on all "
+        "nodes, and the others hold 8 workers of 2 CPUs, the cluster has 24 at most, 1 nodes of it "
+        "now (nodes: 1 x 0 CPUs, 2 x 8 CPUs with pool=data, 2 x 4 CPUs with pool=train); give "
+        "train.num_workers one number, or train.node_labels that all nodes with such resources have"
+    )
+    with pytest.raises(ClusterError) as caught:
+        share(have, (1, 4), **POOLS)
+    assert str(caught.value) == message
+    with pytest.raises(ClusterError, match=r"others hold 4 workers of 1 GPU and 1 CPUs"):
+        share(autoscaled(Node(48, 4, DATA), Node(48, 4, TRAIN)), (1, 4), **POOLS)
+
+
+def test_elastic_workers_with_labels_may_be_where_no_other_node_holds_one() -> None:
+    gpus = autoscaled(Node(32, 0, DATA, count=4), Node(48, 4, TRAIN, count=2))  # as cluster.yaml
+    assert share(gpus, (2, 8), **POOLS) == share(gpus, 8, **POOLS)
+    small = autoscaled(Node(2, 0, DATA), Node(3, 1, TRAIN, count=2))
+    assert share(small, (1, 2), **POOLS, device="cpu").cpus == 3.0
+    shared = Cluster.fixed(Node(8, 0, TRAIN, count=2))
+    assert share(shared, (1, 4), worker_labels=TRAIN, data_labels=TRAIN).cpus == 2.0
+    assert share_for_pool(gpus, asked((1, 8), device="cpu", **POOLS), most=4)[1].labels == TRAIN
+
+
+def test_rays_count_of_what_equal_shares_reserve_is_their_number() -> None:
+    """Ray Train divides the sum of what is reserved by one share, in floats, rounded down."""
+    for workers in range(1, 65):
+        for halves in range(1, 257):
+            each = halves / 2 / workers
+            rounded = _rounded(each)
+            assert 0 < rounded <= each
+            if each >= 1 / 16:
+                assert each - rounded < 1 / 16
+                assert sum([rounded] * workers) // rounded == workers
+    assert share(cluster(8), 3).cpus == 1.3125  # 3 x 1.333 are 3.9989999999999997: room for 2
+    assert cpus_beside_others(cluster(8), asked(3, device="cpu"), groups=1) == 1.125
 
 
 def test_ray_is_never_asked_for_nothing() -> None:
