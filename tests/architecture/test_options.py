@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,26 @@ def _sections(kind: Any = Config, name: str = "") -> Iterator[tuple[str, str]]:
 SECTION_OF = dict(_sections())
 
 
-def _reads(source: str) -> set[tuple[str, str]]:
+def _fields(sources: Iterable[str]) -> dict[str, set[str]]:
+    """Return what the fields of all classes are annotated with, by name."""
+    fields: dict[str, set[str]] = defaultdict(set)
+    for source in sources:
+        for kind in ast.walk(ast.parse(source)):
+            for node in kind.body if isinstance(kind, ast.ClassDef) else ():
+                if isinstance(node, ast.AnnAssign):
+                    fields[ast.unparse(node.target)].add(ast.unparse(node.annotation))
+    return fields
+
+
+def _reads(source: str, fields: Mapping[str, set[str]]) -> set[tuple[str, str]]:
     """Return the (section, name) pairs of attributes that a source reads.
 
     The section is what stands before the dot, ``config.loss.temperature`` or ``loss.temperature``,
-    or what an argument or variable is annotated with, ``(settings: LossConfig)``.
+    or what an argument, a variable or a field of any class is annotated with,
+    ``(settings: LossConfig)``.
     """
     tree = ast.parse(source)
-    annotated: dict[str, set[str]] = defaultdict(set)
+    annotated: dict[str, set[str]] = defaultdict(set, {k: set(v) for k, v in fields.items()})
     for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.annotation is not None:
             annotated[node.arg].add(ast.unparse(node.annotation))
@@ -51,13 +63,17 @@ def _reads(source: str) -> set[tuple[str, str]]:
 
 def test_reads_are_found_by_section_and_by_annotation() -> None:
     source = "def f(settings: OptimConfig):\n  return settings.base_lr, config.loss.temperature"
-    assert {("optim", "base_lr"), ("loss", "temperature")} <= _reads(source)
-    assert ("optim", "base_lr") not in _reads("settings.base_lr")
+    assert {("optim", "base_lr"), ("loss", "temperature")} <= _reads(source, {})
+    assert ("optim", "base_lr") not in _reads("settings.base_lr", {})
+    fields = _fields(["class Loaded:\n  options: OptimConfig"])
+    assert ("optim", "base_lr") in _reads("loaded.options.base_lr", fields)
 
 
 def test_every_option_is_read() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if path.parent != SECTIONS]
-    reads = set().union(*(_reads(path.read_text()) for path in [*files, *JOBS.glob("*.py")]))
+    sources = [path.read_text() for path in [*files, *JOBS.glob("*.py")]]
+    fields = _fields(sources)
+    reads = set().union(*(_reads(source, fields) for source in sources))
     unread = []
     for name in option_names():
         section, _, option = name.replace("teacher_2", "teacher", 1).rpartition(".")  # read alike
