@@ -77,7 +77,11 @@ class Progress(tune.Callback):
 
     def _show(self) -> None:
         self._say(table_of(records_of(self._opened)))
-        self._write()
+        try:
+            self._write()
+        except Exception as error:  # whatever its cause, other trials go on
+            reason = str(error).strip() or type(error).__name__
+            self._say(f"warning: the sweep's files could not be written ({reason}); trials go on")
 
     def _say(self, text: str) -> None:
         print(text, file=self._console, flush=True)

@@ -123,7 +123,10 @@ class StudySearch(OptunaSearch):
 
     def _reason(self, number: int) -> str:
         uri = reason_file(self._trials_uri, number)
-        return storage.read_text(uri) if storage.exists(uri) else _UNSAID
+        if storage.exists(uri):
+            return storage.read_text(uri)
+        command = train_command(self._trials_uri, number)
+        return f"{_UNSAID}; {command} goes on with it, the sweep does not"
 
 
 def reason_file(trials_uri: str, number: int) -> str:
@@ -158,6 +161,11 @@ class _Median(_Remembering, MedianStoppingRule):
     def _replay(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         super()._replay(tune_controller, trial, result)
         self._stopped_trials.discard(trial)  # it takes no further score of one that it would stop
+
+
+def train_command(trials_uri: str, number: int) -> str:
+    """Return what goes on with a trial that failed, as a run of its own."""
+    return f"`pcd-ray train {storage.join(trials_uri, trial_name(number), 'config.yaml')}`"
 
 
 def stopping_rule(config: Config, opened: OpenStudy) -> TrialScheduler:

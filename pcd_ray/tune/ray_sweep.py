@@ -185,6 +185,21 @@ def places_of(
     return places
 
 
+def cache_builder(config: Config, space: Space, *, many: int) -> Any:
+    """Start what builds caches for trials that run at once; None: they have none to share.
+
+    It is on the head, since other nodes may be taken away. If it dies it is started again and asked
+    once more: what is built stays.
+    """
+    stored = any(teacher.cache.views for teacher in config.teachers.values())
+    varied = any(name.endswith(".cache.views") for name in space.distributions)
+    if many == 1 or not (stored or varied):
+        return None
+    on_head: Any = {"num_cpus": 0, "resources": {HEAD: _DRIVER_SHARE[HEAD]}}
+    lasting: Any = {"max_restarts": -1, "max_task_retries": 1}
+    return ray.remote(**on_head, **lasting)(CacheBuilder).remote()
+
+
 def cache_lines(space: Space, plan: RunPlan) -> list[str]:
     """Return what the teachers' stored maps of a sweep will cost, before they are made."""
     lines = []
@@ -223,7 +238,7 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         base=config_to_values(_without_secrets(config)),
         trials_uri=trials_uri,
         places=places_of(config, folder, have, many=many, device=device),
-        builder=_builder() if many > 1 else None,
+        builder=cache_builder(config, space, many=many),
     )
     tuner = tune.Tuner(
         tune.with_resources(trial, _DRIVER_SHARE),
@@ -244,11 +259,6 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         storage.delete_folder(folder.file(_OF_TUNE))
     if opened.trials(TrialState.RUNNING):
         raise KeyboardInterrupt
-
-
-def _builder() -> Any:
-    """Start what builds caches for all trials, on the head: other nodes may be taken away."""
-    return ray.remote(num_cpus=0, resources={HEAD: _DRIVER_SHARE[HEAD]})(CacheBuilder).remote()
 
 
 def _folder_of(trial: Any) -> str:

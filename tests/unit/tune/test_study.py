@@ -11,8 +11,8 @@ from tiny import tiny_config
 
 from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import RunFolder
-from pcd_ray.config import Config, config_from_file, option_value
-from pcd_ray.errors import ConfigError
+from pcd_ray.config import Config, config_from_file, config_to_values, option_value
+from pcd_ray.errors import ConfigError, TrainingError
 from pcd_ray.ray_events import Event
 from pcd_ray.tune import ray_trial
 from pcd_ray.tune.ray_search import (
@@ -95,6 +95,26 @@ def test_trials_end_finished_stopped_or_failed(tmp_path: Path) -> None:
     ]
     assert records[2].reason == "the loss is not finite"
     assert "out of memory" in records[3].reason
+    assert f"`pcd-ray train {tmp_path}/sweep/trials/trial_0003/config.yaml`" in records[3].reason
+
+
+def test_the_advice_of_a_failed_trial_is_what_is_true_in_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise TrainingError("the workers died; the same command goes on from step 12")
+
+    monkeypatch.setattr(ray_trial, "train", train)
+    base = config_to_values(searching(tmp_path))
+    trials = str(tmp_path / "trials")
+    with pytest.raises(TrainingError):
+        ray_trial.run_trial(
+            {NUMBER: 3, VALUES: {}}, base=base, trials_uri=trials, places={}, builder=None
+        )
+    assert Path(reason_file(trials, 3)).read_text() == (
+        f"the workers died; `pcd-ray train {trials}/trial_0003/config.yaml` goes on from step 12; "
+        "the sweep does not go on with this trial"
+    )
 
 
 def test_interrupted_trials_go_on_before_new_ones_with_their_numbers_and_values(
