@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from tiny import tiny_config
 
 from pcd_ray.checkpoint import RunFolder
+from pcd_ray.tune.driver_mark import DriverMark
 from pcd_ray.tune.ray_progress import Progress
 from pcd_ray.tune.ray_search import NUMBER, VALUES
 from pcd_ray.tune.space import open_space
@@ -24,7 +25,7 @@ def test_files_that_cannot_be_written_are_a_warning_while_trials_go_on(tmp_path:
     def write() -> None:
         raise ZeroDivisionError("no panels")
 
-    progress = Progress(config, opened, write, console)
+    progress = Progress(config, opened, DriverMark(opened), write, console)
     trial = SimpleNamespace(config={NUMBER: 0, VALUES: {}}, last_result=None)
     progress.on_trial_complete(0, [], trial)
     progress.on_trial_error(0, [], trial)

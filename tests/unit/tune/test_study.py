@@ -309,6 +309,14 @@ def test_more_trials_and_another_scheduler_are_the_same_study(tmp_path: Path) ->
     assert len(again.trials()) == 1
 
 
+def test_a_study_whose_trials_lie_elsewhere_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    opened(searching(tmp_path / "mine", storage=url))
+    opened(searching(tmp_path / "mine", storage=url))
+    with pytest.raises(ConfigError, match=f"of run.root={tmp_path}/mine; give that"):
+        opened(searching(tmp_path / "yours", storage=url))
+
+
 def test_a_bucket_needs_a_storage_url() -> None:
     config = tiny_config(run={"root": "s3://bucket/runs"}, tune={"space": SPACE})
     with pytest.raises(ConfigError, match="SQLite cannot live"):
