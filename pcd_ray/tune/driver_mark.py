@@ -103,9 +103,10 @@ class DriverMark:
             advice = f"; if it was killed, give the same command again in {left + 1:.0f} s"
         else:
             return
+        name = self._opened.study.study_name
         raise ConfigError(
-            f"{self._opened.shown_url}: the sweep {self._opened.study.study_name} is run by another "
-            f"driver, process {process.pid} {whose}; wait until it ends, or stop it{advice}"
+            f"{self._opened.shown_url}: another driver runs the sweep {name}, process "
+            f"{process.pid} {whose}; wait until it ends, or stop it{advice}"
         )
 
 

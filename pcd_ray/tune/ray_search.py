@@ -18,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from pcd_ray import storage
 from pcd_ray.config import Config, TuneConfig
 from pcd_ray.tune.records import trial_name
-from pcd_ray.tune.space import Space
+from pcd_ray.tune.space import Space, with_absolute_paths
 from pcd_ray.tune.study import (
     ADDED,
     COST,
@@ -74,7 +74,7 @@ class StudySearch(OptunaSearch):
             number = self._interrupted.pop(0)
             stored = self._study.get_trials(deepcopy=False)[number]
             self._ot_trials[trial_id] = optuna.trial.Trial(self._study, stored._trial_id)
-        values = super().suggest(trial_id) or {}
+        values = with_absolute_paths(super().suggest(trial_id) or {})
         trial = self._ot_trials[trial_id]
         asked = trial.params
         added = {n: v for n, v in values.items() if n not in asked or asked[n] != v}

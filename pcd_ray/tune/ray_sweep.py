@@ -41,7 +41,7 @@ from pcd_ray.tune.records import (
     trial_values,
     trials_csv,
 )
-from pcd_ray.tune.space import Space, open_space
+from pcd_ray.tune.space import Space, open_space, with_absolute_choices
 from pcd_ray.tune.study import OVER, OpenStudy, open_study
 from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
@@ -90,7 +90,7 @@ def sweep(config: Config) -> SweepResult:
             trial starts. A trial that fails later is recorded with its reason and stops nothing.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config = with_absolute_places(config)
+    config = with_absolute_choices(with_absolute_places(config))
     space = open_space(config)
     _check_scores(config)
     if not config.data.shards:

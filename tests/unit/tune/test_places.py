@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, with_values
 from pcd_ray.errors import ClusterError
 from pcd_ray.ray_nodes import Cluster, Node
+from pcd_ray.tune import ray_sweep
 from pcd_ray.tune.ray_sweep import cache_builder, places_of, trials_at_a_time
 from pcd_ray.tune.space import open_space
 
@@ -61,6 +63,27 @@ def test_maps_lie_where_the_best_configuration_looks_for_them(tmp_path: Path) ->
     one = Cluster.fixed(Node(2))
     places = places_of(config, RunFolder.of(config), one, many=1, device="cpu")
     assert places["teacher.cache.path"] == str(tmp_path / "teacher_cache")
+
+
+def test_a_sweep_searches_relative_weights_where_its_command_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Config] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray_sweep, "_run", lambda config, *_: ran.append(config))
+    monkeypatch.setattr(ray_sweep, "open_shards", lambda _: SimpleNamespace(content_hash="a"))
+    monkeypatch.setattr(ray_sweep, "check_outlives_job", lambda *_: None)
+    for name in "ab":
+        Path(f"{name}.pth").touch()
+    config = tiny_config(
+        run={"root": "runs", "name": "s"},
+        data={"shards": "shards"},
+        tune={"space": {"teacher.weights": {"choice": ["a.pth", "b.pth"]}}, "scheduler": "none"},
+        eval={"knn_train": "labelled", "knn_test": "labelled"},
+    )
+    ray_sweep.sweep(config)
+    choices = {"choice": [f"{tmp_path}/a.pth", f"{tmp_path}/b.pth"]}
+    assert ran[0].tune.space == {"teacher.weights": choices}
 
 
 @pytest.mark.parametrize(

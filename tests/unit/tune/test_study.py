@@ -371,6 +371,26 @@ def test_what_a_function_sets_is_the_best_trials_though_it_asked_for_something_e
     assert trained.temperature == best.params["loss.temperature"]
 
 
+def test_relative_weights_of_a_function_are_absolute_in_its_trials_and_in_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.pth").touch()
+    Path("space.py").write_text(
+        "def space(trial):\n    trial.suggest_categorical('teacher.weights', ['a.pth', 'b.pth'])\n"
+    )
+    config = searching(tmp_path, space={}, space_function=f"{tmp_path}/space.py:space")
+    searcher = search(config)
+    begun = searcher.suggest("a")
+    assert begun is not None
+    finish(searcher, "a", 10.0)
+    best = best_trial(opened(config))
+    assert best is not None
+    assert begun[VALUES]["teacher.weights"] == f"{tmp_path}/{best.params['teacher.weights']}"
+    assert best_config(config, best).teacher.weights == begun[VALUES]["teacher.weights"]
+
+
 def test_two_objectives_give_the_trials_that_no_other_beats(tmp_path: Path) -> None:
     config = searching(tmp_path, cost="training_s")
     searcher = search(config)
