@@ -8,6 +8,7 @@ from ray import tune
 
 from pcd_ray.config import Config
 from pcd_ray.ray_cluster import free_reservation
+from pcd_ray.tune.driver_mark import DriverMark
 from pcd_ray.tune.ray_search import EPOCH, FINISHED, NUMBER, RESERVATION, SCORE, VALUES
 from pcd_ray.tune.records import TrialRecord, records_of
 from pcd_ray.tune.space import Space
@@ -21,11 +22,13 @@ class Progress(tune.Callback):
         self,
         config: Config,
         opened: OpenStudy,
+        mark: DriverMark,
         write: Callable[[], object],
         console: TextIO | None = None,
     ) -> None:
         self._config = config
         self._opened = opened
+        self._mark = mark
         self._write = write
         self._console = console or sys.stderr
         self._ended: list[str] = []  # what trials held that are over, until it is free
@@ -41,8 +44,9 @@ class Progress(tune.Callback):
             self._say(note)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Free what stopped trials held, as soon as their processes are gone."""
+        """Free what stopped trials held, as soon as their processes are gone; be seen alive."""
         del iteration, trials, info
+        self._mark.refresh()
         self._ended = [held for held in self._ended if not free_reservation(held)]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -77,7 +81,11 @@ class Progress(tune.Callback):
 
     def _show(self) -> None:
         self._say(table_of(records_of(self._opened)))
-        self._write()
+        try:
+            self._write()
+        except Exception as error:  # whatever its cause, other trials go on
+            reason = str(error).strip() or type(error).__name__
+            self._say(f"warning: the sweep's files could not be written ({reason}); trials go on")
 
     def _say(self, text: str) -> None:
         print(text, file=self._console, flush=True)

@@ -1,6 +1,7 @@
 """Who chooses the next trial, and who stops one: OptunaSearch and Tune's schedulers, resumable."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from pcd_ray import storage
 from pcd_ray.config import Config, TuneConfig
 from pcd_ray.tune.records import trial_name
-from pcd_ray.tune.space import Space
+from pcd_ray.tune.space import Space, with_absolute_paths
 from pcd_ray.tune.study import (
     ADDED,
     COST,
@@ -73,9 +74,11 @@ class StudySearch(OptunaSearch):
             number = self._interrupted.pop(0)
             stored = self._study.get_trials(deepcopy=False)[number]
             self._ot_trials[trial_id] = optuna.trial.Trial(self._study, stored._trial_id)
-        values = super().suggest(trial_id) or {}
+        values = with_absolute_paths(super().suggest(trial_id) or {})
         trial = self._ot_trials[trial_id]
-        trial.set_user_attr(ADDED, {n: v for n, v in values.items() if n not in trial.params})
+        asked = trial.params
+        added = {n: v for n, v in values.items() if n not in asked or asked[n] != v}
+        trial.set_user_attr(ADDED, added)
         return {NUMBER: trial.number, VALUES: values}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -120,7 +123,10 @@ class StudySearch(OptunaSearch):
 
     def _reason(self, number: int) -> str:
         uri = reason_file(self._trials_uri, number)
-        return storage.read_text(uri) if storage.exists(uri) else _UNSAID
+        if storage.exists(uri):
+            return storage.read_text(uri)
+        command = train_command(self._trials_uri, number)
+        return f"{_UNSAID}; {command} goes on with it, the sweep does not"
 
 
 def reason_file(trials_uri: str, number: int) -> str:
@@ -128,30 +134,68 @@ def reason_file(trials_uri: str, number: int) -> str:
     return storage.join(trials_uri, trial_name(number), "failure.txt")
 
 
+class _Remembering(TrialScheduler):
+    """Part of a scheduler that knows the scores which trials had in earlier sittings."""
+
+    _earlier: Mapping[int, Mapping[int, float]] = {}
+
+    def remember(self, earlier: Mapping[int, Mapping[int, float]]) -> None:
+        """Take number -> epoch -> score of trials that may be added."""
+        self._earlier = earlier
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Add a trial with the scores that it had; what is decided on them is over."""
+        super().on_trial_add(tune_controller, trial)
+        for epoch, score in sorted(self._earlier.get(trial.config[NUMBER], {}).items()):
+            self._replay(tune_controller, trial, {EPOCH: epoch, SCORE: score})
+
+    def _replay(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self.on_trial_result(tune_controller, trial, result)
+
+
+class _Asha(_Remembering, ASHAScheduler):
+    pass
+
+
+class _Median(_Remembering, MedianStoppingRule):
+    def _replay(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        super()._replay(tune_controller, trial, result)
+        self._stopped_trials.discard(trial)  # it takes no further score of one that it would stop
+
+
+def train_command(trials_uri: str, number: int) -> str:
+    """Return what goes on with a trial that failed, as a run of its own."""
+    return f"`pcd-ray train {storage.join(trials_uri, trial_name(number), 'config.yaml')}`"
+
+
 def stopping_rule(config: Config, opened: OpenStudy) -> TrialScheduler:
-    """Return what stops trials early; it has seen the scores of all trials that are over."""
+    """Return what stops trials early; it has seen all scores of earlier sittings.
+
+    Those of trials that are over at once, those of an interrupted one when that goes on.
+    """
     rule = _new_rule(config)
-    if type(rule) is FIFOScheduler:
+    if not isinstance(rule, _Remembering):
         return rule
-    for trial in opened.trials(*OVER):
-        past: Any = _Past(f"past_{trial.number}")
-        rule.on_trial_add(None, past)  # type: ignore[arg-type]
-        for epoch, score in sorted(history_of(trial).items()):
-            rule.on_trial_result(None, past, {EPOCH: epoch, SCORE: score})  # type: ignore[arg-type]
+    begun = opened.trials(*OVER, TrialState.RUNNING)
+    rule.remember({trial.number: history_of(trial) for trial in begun})
+    for trial in begun:
+        if trial.state in OVER:
+            rule.on_trial_add(None, _Past(f"past_{trial.number}", {NUMBER: trial.number}))
     return rule
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Past:
     """A trial of an earlier sitting, as far as a scheduler needs to know it."""
 
     trial_id: str
+    config: dict[str, Any]
 
 
 def _new_rule(config: Config) -> TrialScheduler:
     options: TuneConfig = config.tune
     if options.scheduler == "asha":
-        return ASHAScheduler(
+        return _Asha(
             time_attr=EPOCH,
             metric=SCORE,
             mode="max",
@@ -161,7 +205,7 @@ def _new_rule(config: Config) -> TrialScheduler:
             stop_last_trials=False,  # the last epoch's trials are still to be judged
         )
     if options.scheduler == "median":
-        return MedianStoppingRule(
+        return _Median(
             time_attr=EPOCH,
             metric=SCORE,
             mode="max",

@@ -27,6 +27,7 @@ from pcd_ray.ray_shares import cpus_beside_others
 from pcd_ray.train.ray_launch import dry_run, with_absolute_places
 from pcd_ray.train.run_plan import RunPlan
 from pcd_ray.train.teacher_cache import bytes_in_words, usual_cache_path
+from pcd_ray.tune.driver_mark import DriverMark, driving
 from pcd_ray.tune.ray_progress import Progress
 from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule
 from pcd_ray.tune.ray_trial import CacheBuilder, run_trial
@@ -40,7 +41,7 @@ from pcd_ray.tune.records import (
     trial_values,
     trials_csv,
 )
-from pcd_ray.tune.space import Space, open_space
+from pcd_ray.tune.space import Space, open_space, with_absolute_choices
 from pcd_ray.tune.study import OVER, OpenStudy, open_study
 from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
@@ -89,7 +90,7 @@ def sweep(config: Config) -> SweepResult:
             trial starts. A trial that fails later is recorded with its reason and stops nothing.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config = with_absolute_places(config)
+    config = with_absolute_choices(with_absolute_places(config))
     space = open_space(config)
     _check_scores(config)
     if not config.data.shards:
@@ -99,11 +100,10 @@ def sweep(config: Config) -> SweepResult:
     check_outlives_job("run.root", folder.uri)
     storage.check_writable(folder.uri)
     opened = open_study(config, space, folder, data_sha256=images)
-    left = config.tune.trials - len(opened.trials(*OVER))
-    if left > 0:
-        left = max(left, len(opened.trials(TrialState.RUNNING)))  # what has begun is finished
-        storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
-        _run(config, space, folder, opened, left)
+    if trials_left(config, opened):
+        with driving(opened) as mark:
+            storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
+            _run(config, space, folder, opened, mark)
     return write_records(config, folder, opened)
 
 
@@ -124,6 +124,12 @@ def write_records(config: Config, folder: RunFolder, opened: OpenStudy) -> Sweep
         study=opened.shown_url,
         trials=records,
     )
+
+
+def trials_left(config: Config, opened: OpenStudy) -> int:
+    """Return how many trials are to run; if any, then all that have begun."""
+    left = config.tune.trials - len(opened.trials(*OVER))
+    return max(left, len(opened.trials(TrialState.RUNNING))) if left > 0 else 0
 
 
 def trials_at_a_time(config: Config, have: Cluster, *, device: str) -> int:
@@ -185,6 +191,21 @@ def places_of(
     return places
 
 
+def cache_builder(config: Config, space: Space, *, many: int) -> Any:
+    """Start what builds caches for trials that run at once; None: they have none to share.
+
+    It is on the head, since other nodes may be taken away. If it dies it is started again and asked
+    once more: what is built stays.
+    """
+    stored = any(teacher.cache.views for teacher in config.teachers.values())
+    varied = any(name.endswith(".cache.views") for name in space.distributions)
+    if many == 1 or not (stored or varied):
+        return None
+    on_head: Any = {"num_cpus": 0, "resources": {HEAD: _DRIVER_SHARE[HEAD]}}
+    lasting: Any = {"max_restarts": -1, "max_task_retries": 1}
+    return ray.remote(**on_head, **lasting)(CacheBuilder).remote()
+
+
 def cache_lines(space: Space, plan: RunPlan) -> list[str]:
     """Return what the teachers' stored maps of a sweep will cost, before they are made."""
     lines = []
@@ -201,18 +222,22 @@ def cache_lines(space: Space, plan: RunPlan) -> list[str]:
     return lines
 
 
-def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, left: int) -> None:
+def _run(
+    config: Config, space: Space, folder: RunFolder, opened: OpenStudy, mark: DriverMark
+) -> None:
     """Run the trials that are left.
 
     Raises:
+        ConfigError: another driver has begun to run them at the same moment.
         KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
     """
     have = cluster_of(config)
     plan = dry_run(config)  # refuses what no trial could run with
     device = plan.device
     many = trials_at_a_time(config, have, device=device)
-    trials_uri = folder.file("trials")
-    progress = Progress(config, opened, lambda: write_records(config, folder, opened))
+    mark.take()  # it may have grown old, and two that began together both have it
+    trials_uri, left = folder.file("trials"), trials_left(config, opened)
+    progress = Progress(config, opened, mark, lambda: write_records(config, folder, opened))
     notes = [*cache_lines(space, plan), *filter(None, [plan.notes.get("run.wait_for_nodes_s")])]
     progress.begin(space, at_a_time=many, left=left, notes=notes)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
@@ -223,7 +248,7 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         base=config_to_values(_without_secrets(config)),
         trials_uri=trials_uri,
         places=places_of(config, folder, have, many=many, device=device),
-        builder=_builder() if many > 1 else None,
+        builder=cache_builder(config, space, many=many),
     )
     tuner = tune.Tuner(
         tune.with_resources(trial, _DRIVER_SHARE),
@@ -244,11 +269,6 @@ def _run(config: Config, space: Space, folder: RunFolder, opened: OpenStudy, lef
         storage.delete_folder(folder.file(_OF_TUNE))
     if opened.trials(TrialState.RUNNING):
         raise KeyboardInterrupt
-
-
-def _builder() -> Any:
-    """Start what builds caches for all trials, on the head: other nodes may be taken away."""
-    return ray.remote(num_cpus=0, resources={HEAD: _DRIVER_SHARE[HEAD]})(CacheBuilder).remote()
 
 
 def _folder_of(trial: Any) -> str:

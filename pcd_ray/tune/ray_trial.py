@@ -24,6 +24,7 @@ from pcd_ray.tune.ray_search import (
     SCORE,
     VALUES,
     reason_file,
+    train_command,
 )
 from pcd_ray.tune.records import trial_name
 from pcd_ray.tune.space import trial_config
@@ -53,7 +54,7 @@ def run_trial(
         config = trial_config(config, places)
         result = train(config, listener=Reporter(config), build=_build_by(builder))
     except Exception as error:
-        storage.write_text(reason_file(trials_uri, number), _story(error))
+        storage.write_text(reason_file(trials_uri, number), _story(error, trials_uri, number))
         raise
     tune.report(
         {
@@ -129,8 +130,13 @@ class Reporter:
                 tune.report({**told, COST: math.nan})  # Tune insists on it; known at the end
 
 
-def _story(error: Exception) -> str:
+def _story(error: Exception, trials_uri: str, number: int) -> str:
+    """Say why a trial failed; what a run is advised to do, the sweep does not."""
     text = str(error).strip() or type(error).__name__
-    return (
-        text if type(error).__module__.startswith("pcd_ray") else f"{type(error).__name__}: {text}"
-    )
+    if not type(error).__module__.startswith("pcd_ray"):
+        text = f"{type(error).__name__}: {text}"
+    if "same command" not in text:
+        return text
+    command = train_command(trials_uri, number)
+    said = text.replace("the same command again", command).replace("the same command", command)
+    return f"{said}; the sweep does not go on with this trial"

@@ -7,8 +7,8 @@ tried alone, and combinations are drawn at random.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -20,6 +20,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
+from pcd_ray import storage
 from pcd_ray.config import Config, nearest_option, option_names, option_value, with_values
 from pcd_ray.errors import ConfigError
 from pcd_ray.tune.space_function import SpaceFunction, load_function, source_of, values_of
@@ -38,6 +39,8 @@ _SETTLED = {
     "train.num_workers": "is what a trial costs the cluster, the same for all",
     "train.device": "is what a trial costs the cluster, the same for all",
 }
+_WEIGHTS = ("teacher.weights", "teacher_2.weights")
+_PLACES = (*_WEIGHTS, "teacher.cache.path", "teacher_2.cache.path")
 _FORM = "write {log: [low, high]}, {uniform: [low, high]} or {choice: [a, b]}"
 
 
@@ -55,6 +58,9 @@ class Space:
     def own_values(self, config: Config) -> Values:
         """Return the values that a configuration has, of the options that could take them."""
         own = {name: option_value(config, name) for name in self.distributions}
+        for name in set(own) & set(_PLACES):  # a function may ask for relative ones
+            choices = getattr(self.distributions[name], "choices", ())
+            own[name] = next((c for c in choices if _absolute(c) == own[name]), own[name])
         return {n: v for n, v in own.items() if _holds(self.distributions[n], v)}
 
     def example(self) -> dict[str, str]:
@@ -67,8 +73,9 @@ def open_space(config: Config) -> Space:
 
     Raises:
         ConfigError: all that is wrong with it: it is empty, an option is unknown or settled, a
-            range is contradictory, a value is refused by the option itself, or all of the
-            combinations that were drawn are.
+            range is contradictory, a value is refused by the option itself, weights do not exist,
+            or all of the combinations that were drawn are refused.
+        StorageError: the storage of weights cannot be asked.
     """
     if config.tune.space_function:
         function = load_function(config.tune.space_function)
@@ -78,8 +85,22 @@ def open_space(config: Config) -> Space:
         distributions = _distributions(config)
         story = {name: distribution_to_json(each) for name, each in sorted(distributions.items())}
         space = Space(distributions, None, _sha256(json.dumps(story)))
-    _check_combinations(space, config)
+    _check_weights(space, _check_combinations(space, config))
     return space
+
+
+def with_absolute_choices(config: Config) -> Config:
+    """Return the configuration with choices of paths that mean the same in a trial's own folder."""
+    given = dict(flat_space(config.tune.space))
+    changed = {n: _absolute_rule(rule) if n in _PLACES else rule for n, rule in given.items()}
+    if changed == given:
+        return config
+    return replace(config, tune=replace(config.tune, space=changed))
+
+
+def with_absolute_paths(values: Mapping[str, Any]) -> Values:
+    """Return a trial's values with paths that mean the same in its own folder."""
+    return {n: _absolute(value) if n in _PLACES else value for n, value in values.items()}
 
 
 def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
@@ -219,13 +240,16 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
     return bool(abs(steps - round(steps)) < 1e-9)
 
 
-def _check_combinations(space: Space, config: Config) -> None:
-    """Refuse a space none of whose combinations is a configuration."""
+def _check_combinations(space: Space, config: Config) -> list[Values]:
+    """Refuse a space none of whose combinations is a configuration; return those that are."""
     refused: list[str] = []
+    right: list[Values] = []
     study = _throwaway_study()
     for _ in range(_DRAWS):
         try:
-            trial_config(config, drawn(space, study.ask()))
+            values = drawn(space, study.ask())
+            trial_config(config, values)
+            right.append(values)
         except ConfigError as error:
             refused.append(str(error))
     if len(refused) == _DRAWS:
@@ -233,6 +257,31 @@ def _check_combinations(space: Space, config: Config) -> None:
             f"tune.space is contradictory: none of {_DRAWS} combinations of it is a configuration; "
             f"the first one's trouble: {refused[0]}"
         )
+    return right
+
+
+def _check_weights(space: Space, seen: Iterable[Values]) -> None:
+    """Refuse weights that are not there, of those that trials choose from or were seen to have."""
+    for name in _WEIGHTS:
+        choices = getattr(space.distributions.get(name), "choices", ())
+        asked = [_absolute(choice) for choice in choices if isinstance(choice, str)]
+        given = dict.fromkeys([*asked, *(each[name] for each in seen if name in each)])
+        if absent := [uri for uri in given if uri and not storage.exists(uri)]:
+            raise ConfigError(
+                f"tune.space: {name}: there is no {', '.join(absent)}; give weights files that "
+                "exist, relative to the folder that the command is given in"
+            )
+
+
+def _absolute(value: Any) -> Any:
+    return storage.absolute(value) if isinstance(value, str) and value else value
+
+
+def _absolute_rule(rule: Any) -> Any:
+    choices = rule.get("choice") if isinstance(rule, Mapping) else None
+    if not isinstance(choices, list | tuple):
+        return rule  # refused later
+    return {**rule, "choice": [_absolute(value) for value in choices]}
 
 
 def drawn(space: Space, trial: optuna.trial.Trial) -> Values:
@@ -243,7 +292,7 @@ def drawn(space: Space, trial: optuna.trial.Trial) -> Values:
     """
     if space.function is None:
         return {name: _suggested(trial, name, d) for name, d in space.distributions.items()}
-    return values_of(space.function, trial)
+    return with_absolute_paths(values_of(space.function, trial))
 
 
 def _suggested(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> Any:

@@ -73,8 +73,8 @@ def open_study(config: Config, space: Space, folder: RunFolder, *, data_sha256: 
         data_sha256: content hash of the packed images.
 
     Raises:
-        ConfigError: the study is one of another space or of other settings; or it should be a
-            SQLite file in a bucket.
+        ConfigError: the study is one of another space, of other settings or of another folder; or
+            it should be a SQLite file in a bucket.
     """
     url = _url(config, folder)
     study = optuna.create_study(
@@ -94,6 +94,7 @@ def open_study(config: Config, space: Space, folder: RunFolder, *, data_sha256: 
     if stored is None:
         _begin(study, config, _story(config, space, data_sha256), space.own_values(config))
     else:
+        _refuse_other_root(json.loads(stored), config, opened)
         _refuse_changes(json.loads(stored), config, _story(config, space, data_sha256))
     return opened
 
@@ -164,6 +165,16 @@ def _story(config: Config, space: Space, data_sha256: str) -> dict[str, Any]:
     values = config_to_values(config)
     values["tune"]["storage"] = ""  # a place, maybe with a password
     return {"space_sha256": space.sha256, "data_sha256": data_sha256, "config": values}
+
+
+def _refuse_other_root(stored: Mapping[str, Any], config: Config, opened: OpenStudy) -> None:
+    """Refuse a study whose trials lie elsewhere; one in its own folder may move with that."""
+    root = stored["config"]["run"]["root"]
+    if config.tune.storage and root != config.run.root:
+        raise ConfigError(
+            f"run.root={config.run.root}, but {opened.shown_url} holds the sweep {config.run.name} "
+            f"of run.root={root}; give that, or choose another run.name"
+        )
 
 
 def _refuse_changes(stored: Mapping[str, Any], config: Config, story: Mapping[str, Any]) -> None:

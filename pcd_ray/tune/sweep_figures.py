@@ -47,8 +47,9 @@ def sweep_figures(study: optuna.Study, *, score: str, cost: str) -> dict[str, by
     if len(finished) > 1:
         varied = _varied(finished)
         drawn["history.png"] = _history(trials, score)
-        drawn["slices.png"] = _slices(trials, varied, score)
-        drawn["importance.png"] = _importance(_of_scores_alone(finished))
+        if varied:
+            drawn["slices.png"] = _slices(trials, varied, score)
+            drawn["importance.png"] = _importance(_of_scores_alone(finished))
         if len(varied) > 1:
             drawn["parallel.png"] = _parallel(finished, varied, score)
     if cost and len(finished) > 1:
@@ -88,7 +89,7 @@ def _of_scores_alone(finished: Sequence[FrozenTrial]) -> optuna.Study:
 def _varied(trials: Sequence[FrozenTrial]) -> list[str]:
     """Return the options that differ among trials; not all trials need to have been asked."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    return [n for n in names if len({repr(trial.params.get(n)) for trial in trials}) > 1] or names
+    return [n for n in names if len({repr(trial.params.get(n)) for trial in trials}) > 1]
 
 
 def _parallel(finished: Sequence[FrozenTrial], names: Sequence[str], score: str) -> bytes:

@@ -1,6 +1,9 @@
 """What trials that run at once may use together, and where they keep what they share."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import tiny_config
@@ -9,7 +12,9 @@ from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, with_values
 from pcd_ray.errors import ClusterError
 from pcd_ray.ray_nodes import Cluster, Node
-from pcd_ray.tune.ray_sweep import places_of, trials_at_a_time
+from pcd_ray.tune import ray_sweep
+from pcd_ray.tune.ray_sweep import cache_builder, places_of, trials_at_a_time
+from pcd_ray.tune.space import open_space
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,54 @@ def test_maps_lie_where_the_best_configuration_looks_for_them(tmp_path: Path) ->
     one = Cluster.fixed(Node(2))
     places = places_of(config, RunFolder.of(config), one, many=1, device="cpu")
     assert places["teacher.cache.path"] == str(tmp_path / "teacher_cache")
+
+
+def test_a_sweep_searches_relative_weights_where_its_command_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Config] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray_sweep, "_run", lambda config, *_: ran.append(config))
+    monkeypatch.setattr(ray_sweep, "open_shards", lambda _: SimpleNamespace(content_hash="a"))
+    monkeypatch.setattr(ray_sweep, "check_outlives_job", lambda *_: None)
+    for name in "ab":
+        Path(f"{name}.pth").touch()
+    config = tiny_config(
+        run={"root": "runs", "name": "s"},
+        data={"shards": "shards"},
+        tune={"space": {"teacher.weights": {"choice": ["a.pth", "b.pth"]}}, "scheduler": "none"},
+        eval={"knn_train": "labelled", "knn_test": "labelled"},
+    )
+    ray_sweep.sweep(config)
+    choices = {"choice": [f"{tmp_path}/a.pth", f"{tmp_path}/b.pth"]}
+    assert ran[0].tune.space == {"teacher.weights": choices}
+
+
+@pytest.mark.parametrize(
+    ("views", "varied", "many", "started"),
+    [(2, False, 2, True), (0, True, 2, True), (0, False, 2, False), (2, True, 1, False)],
+)
+def test_a_builder_of_maps_is_there_for_trials_that_share_them_and_outlives_its_death(
+    views: int, varied: bool, many: int, started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def remote(**options: Any) -> Callable[[type], Any]:
+        asked.append(options)
+        return lambda kind: type("Remote", (), {"remote": staticmethod(kind)})
+
+    monkeypatch.setattr("ray.remote", remote)
+    rule: dict[str, Any] = (
+        {"teacher.cache.views": {"choice": [0, 2]}}
+        if varied
+        else {"loss.temperature": {"log": [0.1, 0.5]}}
+    )
+    teacher = {"arch": "test_resnet", "head": "none", "cache": {"views": views}}
+    config = tiny_config(teacher=teacher, tune={"space": rule})
+    builder = cache_builder(config, open_space(config), many=many)
+    assert (builder is not None) == started
+    restarts = [(each["max_restarts"], each["max_task_retries"]) for each in asked]
+    assert restarts == [(-1, 1)] * started
 
 
 def _asking(config: Config, many: int) -> Config:

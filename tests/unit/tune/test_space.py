@@ -9,7 +9,7 @@ from tiny import tiny_config
 
 from pcd_ray.config import Config, option_value
 from pcd_ray.errors import ConfigError
-from pcd_ray.tune.space import drawn, in_words, open_space, trial_config
+from pcd_ray.tune.space import drawn, in_words, open_space, trial_config, with_absolute_choices
 
 SPACE: dict[str, Any] = {
     "loss.temperature": {"log": [0.03, 0.5]},
@@ -164,6 +164,84 @@ def test_a_wrong_function_is_refused(function_file: str, name: str, message: str
 def test_a_space_and_a_function_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match=r"tune\.space_function"):
         tiny_config(tune={"space": SPACE, "space_function": "a.py:b"})
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two weights files; the one above it is that of the command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for name in "ab":
+        (tmp_path / f"weights/{name}.pth").touch()
+    return tmp_path / "weights"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_relative_weights_mean_the_same_in_a_trials_own_folder(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    rule = {"choice": ["weights/a.pth", "./weights/b.pth", ""]}
+    given = {"teacher": {"weights": rule}} if nested else {"teacher.weights": rule}
+    teacher = {"arch": "test_resnet", "weights": f"{weights}/b.pth", "cache": {"views": 1}}
+    caches = {"teacher.cache.path": {"choice": ["maps", "s3://bucket/maps"]}}
+    config = with_absolute_choices(searching({**given, **caches}, teacher=teacher))
+    space = open_space(config)
+    assert space.own_values(config) == {"teacher.weights": f"{weights}/b.pth"}
+    monkeypatch.chdir("/")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = [drawn(space, study.ask()) for _ in range(20)]
+    assert {each["teacher.weights"] for each in seen} == {
+        f"{weights}/a.pth",
+        f"{weights}/b.pth",
+        "",
+    }
+    assert {each["teacher.cache.path"] for each in seen} == {
+        f"{weights.parent}/maps",
+        "s3://bucket/maps",
+    }
+
+
+def test_choices_without_paths_stay_as_they_are() -> None:
+    config = searching()
+    assert with_absolute_choices(config) == config
+
+
+def test_a_function_may_name_relative_weights(weights: Path) -> None:
+    path = weights.parent / "my_space.py"
+    path.write_text(
+        "def space(trial):\n"
+        "    trial.suggest_categorical('teacher.weights', ['weights/a.pth', 'weights/b.pth'])\n"
+        "    return {'teacher.cache.path': 'maps'}\n"
+    )
+    teacher = {"arch": "test_resnet", "weights": f"{weights}/b.pth"}
+    config = tiny_config(tune={"space_function": f"{path}:space"}, teacher=teacher)
+    space = open_space(config)
+    study = optuna.create_study()
+    own = space.own_values(config)
+    study.enqueue_trial(own)
+    trial = study.ask()
+    values = drawn(space, trial)
+    assert trial.params == own == {"teacher.weights": "weights/b.pth"}
+    assert values == {
+        "teacher.weights": f"{weights}/b.pth",
+        "teacher.cache.path": f"{weights.parent}/maps",
+    }
+
+
+RETURNS = "def space(trial):\n    return {'teacher.weights': 'weights/absent.pth'}\n"
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_weights_that_do_not_exist_are_refused_before_a_trial_starts(
+    weights: Path, function: bool
+) -> None:
+    path = weights.parent / "my_space.py"
+    path.write_text(RETURNS)
+    rule = {"teacher.weights": {"choice": ["weights/a.pth", "weights/absent.pth"]}}
+    tune = {"space_function": f"{path}:space"} if function else {"space": rule}
+    config = with_absolute_choices(tiny_config(tune=tune))
+    with pytest.raises(ConfigError, match=f"teacher.weights: there is no {weights}/absent.pth;"):
+        open_space(config)
 
 
 def test_ranges_in_words() -> None:

@@ -1,5 +1,6 @@
 """A study outlives its driver: what is over stays, what ran goes on, what differs is refused."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from tiny import tiny_config
 
 from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import RunFolder
-from pcd_ray.config import Config, config_from_file, option_value
-from pcd_ray.errors import ConfigError
+from pcd_ray.config import Config, config_from_file, config_to_values, option_value
+from pcd_ray.errors import ConfigError, TrainingError
 from pcd_ray.ray_events import Event
 from pcd_ray.tune import ray_trial
 from pcd_ray.tune.ray_search import (
@@ -94,6 +95,26 @@ def test_trials_end_finished_stopped_or_failed(tmp_path: Path) -> None:
     ]
     assert records[2].reason == "the loss is not finite"
     assert "out of memory" in records[3].reason
+    assert f"`pcd-ray train {tmp_path}/sweep/trials/trial_0003/config.yaml`" in records[3].reason
+
+
+def test_the_advice_of_a_failed_trial_is_what_is_true_in_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise TrainingError("the workers died; the same command goes on from step 12")
+
+    monkeypatch.setattr(ray_trial, "train", train)
+    base = config_to_values(searching(tmp_path))
+    trials = str(tmp_path / "trials")
+    with pytest.raises(TrainingError):
+        ray_trial.run_trial(
+            {NUMBER: 3, VALUES: {}}, base=base, trials_uri=trials, places={}, builder=None
+        )
+    assert Path(reason_file(trials, 3)).read_text() == (
+        f"the workers died; `pcd-ray train {trials}/trial_0003/config.yaml` goes on from step 12; "
+        "the sweep does not go on with this trial"
+    )
 
 
 def test_interrupted_trials_go_on_before_new_ones_with_their_numbers_and_values(
@@ -131,8 +152,9 @@ def test_an_abandoned_trial_stays_running(tmp_path: Path) -> None:
 
 
 class _Trial:
-    def __init__(self, trial_id: str) -> None:
+    def __init__(self, trial_id: str, number: int = 99) -> None:
         self.trial_id = trial_id
+        self.config = {NUMBER: number}
 
 
 def test_the_stopping_rule_remembers_trials_of_earlier_sittings(tmp_path: Path) -> None:
@@ -164,6 +186,64 @@ def test_the_median_rule_remembers_too_and_pauses_none(tmp_path: Path) -> None:
         trial: Any = _Trial(f"new_{score}")
         rule.on_trial_add(None, trial)
         assert rule.on_trial_result(None, trial, report(score, 4)) == decision
+
+
+def reported(searcher: StudySearch, number: int, scores: Sequence[float]) -> None:
+    """Begin a trial and report its scores, one epoch after the other."""
+    searcher.suggest(str(number))
+    for epoch, score in enumerate(scores, 1):
+        searcher.on_trial_result(str(number), report(score, epoch))
+
+
+def test_the_median_rule_takes_up_trials_that_were_reported_in_another_order(
+    tmp_path: Path,
+) -> None:
+    config = searching(tmp_path, scheduler="median")
+    searcher = search(config)
+    scores = {0: (60.0, 61.0), 1: (70.0, 71.0), 2: (80.0, 81.0), 3: (10.0, 11.0, 12.0)}
+    for number in scores:
+        searcher.suggest(str(number))
+    for number in (3, 0, 1, 2):  # the weakest is first, when there is no median yet
+        for epoch, score in enumerate(scores[number], 1):
+            searcher.on_trial_result(str(number), report(score, epoch))
+    for number, of in scores.items():
+        searcher.on_trial_complete(str(number), report(of[-1], 4, **{FINISHED: True, COST: 1.0}))
+    rule = stopping_rule(config, opened(config))
+    for score, decision in ((90.0, "CONTINUE"), (10.0, "STOP")):
+        trial: Any = _Trial(f"new_{score}")
+        rule.on_trial_add(None, trial)
+        assert rule.on_trial_result(None, trial, report(score, 2)) == decision
+
+
+def test_an_interrupted_trial_is_not_judged_again_at_a_rung_that_it_has_passed(
+    tmp_path: Path,
+) -> None:
+    config = searching(tmp_path)
+    searcher = search(config)
+    for number, score in enumerate((50.0, 20.0, 30.0, 40.0)):  # the first goes on, above all
+        reported(searcher, number, (score,))
+        if number:
+            searcher.on_trial_complete(str(number), report(score, 1))
+    rule = stopping_rule(config, opened(config))
+    again: Any = _Trial("another_id", number=0)
+    rule.on_trial_add(None, again)
+    assert rule.on_trial_result(None, again, report(1.0, 1)) == "CONTINUE"
+    between: Any = _Trial("new", number=4)  # half of (50, 20, 30, 40) is better than it
+    rule.on_trial_add(None, between)
+    assert rule.on_trial_result(None, between, report(34.0, 1)) == "STOP"
+
+
+def test_the_median_rule_knows_what_an_interrupted_trial_has_reached(tmp_path: Path) -> None:
+    config = searching(tmp_path, scheduler="median")
+    searcher = search(config)
+    for number, score in enumerate((60.0, 70.0, 80.0)):
+        finish(searcher, str(number), score)
+    reported(searcher, 3, (90.0, 91.0, 92.0))
+    rule = stopping_rule(config, opened(config))
+    for number, decision in ((3, "CONTINUE"), (4, "STOP")):
+        trial: Any = _Trial(f"trial_{number}", number=number)
+        rule.on_trial_add(None, trial)
+        assert rule.on_trial_result(None, trial, report(50.0, 4)) == decision
 
 
 def test_the_score_of_the_last_epoch_ends_no_trial_that_is_still_to_be_judged(
@@ -229,6 +309,14 @@ def test_more_trials_and_another_scheduler_are_the_same_study(tmp_path: Path) ->
     assert len(again.trials()) == 1
 
 
+def test_a_study_whose_trials_lie_elsewhere_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    opened(searching(tmp_path / "mine", storage=url))
+    opened(searching(tmp_path / "mine", storage=url))
+    with pytest.raises(ConfigError, match=f"of run.root={tmp_path}/mine; give that"):
+        opened(searching(tmp_path / "yours", storage=url))
+
+
 def test_a_bucket_needs_a_storage_url() -> None:
     config = tiny_config(run={"root": "s3://bucket/runs"}, tune={"space": SPACE})
     with pytest.raises(ConfigError, match="SQLite cannot live"):
@@ -260,6 +348,47 @@ def test_the_best_trial_is_a_configuration_that_trains_as_it_is(tmp_path: Path) 
     assert {n: option_value(read, n) for n in SPACE} == best.params
     assert read.tune.space == {}
     assert read.run.name == "sweep_best"
+
+
+def test_what_a_function_sets_is_the_best_trials_though_it_asked_for_something_else(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "space.py").write_text(
+        "def space(trial):\n"
+        "    exponent = trial.suggest_int('loss.queue_size', 4, 6)\n"
+        "    trial.suggest_float('loss.temperature', 0.1, 0.2)\n"
+        "    return {'loss.queue_size': 2**exponent}\n"
+    )
+    function = f"{tmp_path}/space.py:space"
+    config = searching(tmp_path, space={}, space_function=function, own_values_first=False)
+    searcher = search(config)
+    finish(searcher, "a", 10.0)
+    best = best_trial(opened(config))
+    assert best is not None
+    assert best.params["loss.queue_size"] in (4, 5, 6)
+    trained = best_config(config, best).loss
+    assert trained.queue_size == 2 ** best.params["loss.queue_size"]
+    assert trained.temperature == best.params["loss.temperature"]
+
+
+def test_relative_weights_of_a_function_are_absolute_in_its_trials_and_in_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.pth").touch()
+    Path("space.py").write_text(
+        "def space(trial):\n    trial.suggest_categorical('teacher.weights', ['a.pth', 'b.pth'])\n"
+    )
+    config = searching(tmp_path, space={}, space_function=f"{tmp_path}/space.py:space")
+    searcher = search(config)
+    begun = searcher.suggest("a")
+    assert begun is not None
+    finish(searcher, "a", 10.0)
+    best = best_trial(opened(config))
+    assert best is not None
+    assert begun[VALUES]["teacher.weights"] == f"{tmp_path}/{best.params['teacher.weights']}"
+    assert best_config(config, best).teacher.weights == begun[VALUES]["teacher.weights"]
 
 
 def test_two_objectives_give_the_trials_that_no_other_beats(tmp_path: Path) -> None:

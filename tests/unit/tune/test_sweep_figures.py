@@ -65,6 +65,22 @@ def test_a_stopped_trial_is_drawn_too() -> None:
         assert with_it[name] != without[name]
 
 
+@pytest.mark.parametrize("params", [{}, {"student.mhsa.depth": 1}])
+def test_where_nothing_varied_there_are_no_slices(params: dict[str, Any]) -> None:
+    study = optuna.create_study(direction="maximize")
+    for number in range(12):
+        study.add_trial(
+            create_trial(
+                value=float(number),
+                params=params,
+                distributions={name: DISTRIBUTIONS[name] for name in params},
+                user_attrs={HISTORY: [[1, float(number)]]},
+            )
+        )
+    drawn = sweep_figures(study, score="score", cost="")
+    assert set(drawn) == {"learning_curves.png", "history.png"}
+
+
 def test_the_option_that_makes_the_score_is_the_important_one() -> None:
     shares = importances(study_of(15))
     assert sum(shares.values()) == pytest.approx(1)
