@@ -193,8 +193,8 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
     if damaged:
         story = next(iter(damaged.values()))
         raise CheckpointError(
-            f"{folder.uri}: none of its checkpoints is whole ({story}); choose another "
-            "run.name, or delete its checkpoints folder to start anew"
+            f"{folder.uri}: none of its checkpoints is whole ({story}); delete its "
+            "checkpoints folder to start anew, or choose another place"
         )
     return None
 

@@ -17,10 +17,13 @@ def stored_files(uris: Iterable[str]) -> dict[str, storage.StoredFile]:
     Whole folders are listed, which on an object store is one call where files are many.
     """
     asked = dict.fromkeys(uris)
+    folders = list(dict.fromkeys(map(storage.parent, asked)))
+    above = dict.fromkeys(map(storage.parent, folders))
+    whole = len(folders) > 1 and len(above) == 1  # class folders: all of them in one listing
     known = {
         file.uri: file
-        for folder in dict.fromkeys(map(storage.parent, asked))
-        for file in storage.list_files(folder, recursive=False)
+        for folder in (above if whole else folders)
+        for file in storage.list_files(folder, recursive=whole)
     }
     return {uri: known.get(uri, storage.StoredFile(uri, 0)) for uri in asked}
 

@@ -1,5 +1,6 @@
 """The labelled sets that a run is judged on: opened, and looked through before it trains."""
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ def open_knn_images(config: Config) -> KnnImages | None:
         return None
     left_out: list[str] = []
     train = _labelled("eval.knn_train", config.eval.knn_train, left_out)
-    if storage.absolute(config.eval.knn_test) == storage.absolute(config.eval.knn_train):
+    if _place(config.eval.knn_test) == _place(config.eval.knn_train):
         return KnnImages(train, train, tuple(left_out), leave_one_out=True)
     test = _labelled("eval.knn_test", config.eval.knn_test, left_out)
     test = relabelled(test, classes_of(train))
@@ -70,6 +71,14 @@ def open_knn_images(config: Config) -> KnnImages | None:
             "left out: no image in eval.knn_train has their class"
         )
     return KnnImages(train, test.filter(pa.array(known)), tuple(left_out))
+
+
+def _place(uri: str) -> str:
+    """Return a set's place, the same however it is spelt."""
+    if not storage.is_remote(uri):
+        return os.path.realpath(storage.absolute(uri))
+    base, query = storage.split_query(uri)
+    return base.rstrip("/") + query
 
 
 def open_probe(config: Config) -> SegmentationData | None:

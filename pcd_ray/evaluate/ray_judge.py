@@ -29,6 +29,7 @@ from pcd_ray.distill.build import build_student
 from pcd_ray.distill.build_teacher import load_teachers
 from pcd_ray.distill.student import Student
 from pcd_ray.errors import ClusterError, ConfigError, PcdError, naming
+from pcd_ray.evaluate.classify.classify_settings import contents_of
 from pcd_ray.evaluate.classify.ray_knn import knn_scores
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.features import frozen_map
@@ -152,12 +153,11 @@ def _knn(
     images = open_knn_images(config)
     if images is None:
         return {}
+    sets = contents_of(images) if config.eval.references else []
     found = {}
     for name, network in networks.items():
         measure = partial(knn_scores, network, images, config, device=device)
-        found[name] = (
-            measure() if name == "student" else shared_knn(config, network, images, measure)
-        )
+        found[name] = measure() if name == "student" else shared_knn(config, network, sets, measure)
     best = max(next(iter(found.values())))
     return {
         "knn_top1": {name: scores[best] for name, scores in found.items()},

@@ -89,7 +89,7 @@ KINDS = {
         Kind(
             name="detect",
             title=_detect_title,
-            format=1,
+            format=2,
             sets=lambda config: {"eval.detect.data": config.eval.detect.data},
             open=detect_settings.open_detection_set,
             notes=_notes,

@@ -9,7 +9,7 @@ Shapes: C channels, L classes.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,9 +19,8 @@ from pcd_ray import storage
 from pcd_ray.config import Config
 from pcd_ray.distill.backbones import Backbone
 from pcd_ray.distill.weights import read_weights, tensors_sha256
-from pcd_ray.evaluate.classify.classify_settings import contents_of
 from pcd_ray.evaluate.contents import files_sha256, hash_of
-from pcd_ray.evaluate.eval_sets import KnnImages, crop_size_px
+from pcd_ray.evaluate.eval_sets import crop_size_px
 from pcd_ray.evaluate.segment.confusion import SegmentationScore
 from pcd_ray.evaluate.segment.segmentation import LinearHead, ProbeResult
 from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
@@ -31,27 +30,36 @@ FORMAT = 2
 
 
 def shared_knn(
-    config: Config, network: Backbone, images: KnnImages, measure: Callable[[], dict[int, float]]
+    config: Config, network: Backbone, sets: Sequence[str], measure: Callable[[], dict[int, float]]
 ) -> dict[int, float]:
-    """Return top-1 in percent by number of neighbours, measured only where it is not stored."""
-    stored = stored_knn(config, network, images)
+    """Return top-1 in percent by number of neighbours, measured only where it is not stored.
+
+    Args:
+        config: where scores are shared, sizes and neighbours.
+        network: whose it is.
+        sets: hashes of what the sets hold.
+        measure: measures it.
+    """
+    stored = stored_knn(config, network, sets)
     if stored is None:
         stored = measure()
-        store_knn(config, network, images, stored)
+        store_knn(config, network, sets, stored)
     return stored
 
 
-def stored_knn(config: Config, network: Backbone, images: KnnImages) -> dict[int, float] | None:
+def stored_knn(config: Config, network: Backbone, sets: Sequence[str]) -> dict[int, float] | None:
     """Return what `store_knn` has stored for this network, these sets and crops; None: nothing."""
-    place = _place(config, "knn", network, lambda: _knn_sets(config, images))
+    place = _place(config, "knn", network, lambda: _knn_sets(config, sets))
     if place is None or not storage.exists(place[0]):
         return None
     return {int(k): value for k, value in json.loads(storage.read_text(place[0]))["top1"].items()}
 
 
-def store_knn(config: Config, network: Backbone, images: KnnImages, top1: dict[int, float]) -> None:
+def store_knn(
+    config: Config, network: Backbone, sets: Sequence[str], top1: dict[int, float]
+) -> None:
     """Store a network's kNN where ``eval.references`` says; nowhere where it is empty."""
-    place = _place(config, "knn", network, lambda: _knn_sets(config, images))
+    place = _place(config, "knn", network, lambda: _knn_sets(config, sets))
     if place is not None:
         storage.write_text(place[0], json.dumps({"of": place[1], "top1": top1}))
 
@@ -115,9 +123,9 @@ def _network(network: Backbone) -> dict[str, Any]:
     }
 
 
-def _knn_sets(config: Config, images: KnnImages) -> dict[str, Any]:
+def _knn_sets(config: Config, sets: Sequence[str]) -> dict[str, Any]:
     return {
-        "sets": contents_of(images),
+        "sets": list(sets),
         "knn_k": config.eval.knn_k,
         "image_size_px": crop_size_px(config),
     }

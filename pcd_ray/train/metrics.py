@@ -1,6 +1,7 @@
 """The mean of metrics over ranks, and what they mean in plain words."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,24 @@ def mean_over_ranks(values: Mapping[str, Tensor], *, weight: float = 1.0) -> dic
         dist.all_reduce(stacked)
         stacked /= dist.get_world_size()
     return dict(zip(values, stacked.tolist(), strict=True))
+
+
+@dataclass(slots=True)
+class NewestScores:
+    """The newest value of each score, and which of them were measured at a step itself."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    _step: int = -1
+    _measured: list[str] = field(default_factory=list)
+
+    def add(self, step: int, scores: Mapping[str, float]) -> None:
+        """Take up what has been measured at a step."""
+        self.values |= scores
+        self._step, self._measured = step, sorted(scores)
+
+    def of_step(self, step: int) -> list[str]:
+        """Return the names of the scores that were measured at this step."""
+        return self._measured if step == self._step else []
 
 
 def warnings_of(metrics: Mapping[str, float]) -> list[str]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Worker:
     """Who this worker is."""
 
     rank: int

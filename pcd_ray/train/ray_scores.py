@@ -18,17 +18,17 @@ from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.evaluate.segment.segmentation import linear_probe_miou
 from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
 from pcd_ray.ray_events import EventSender
-from pcd_ray.train.ranks import Place, from_rank_zero, gathered
+from pcd_ray.train.ranks import Worker, from_rank_zero, gathered
 from pcd_ray.train.state import average_batchnorm
 
 
 class RunScores:
     """One worker's part of judging, on the sets of ``eval``."""
 
-    def __init__(self, config: Config, place: Place, events: EventSender) -> None:
+    def __init__(self, config: Config, worker: Worker, events: EventSender) -> None:
         self.config = config
         self.folder = RunFolder.of(config)
-        self.place = place
+        self.worker = worker
         self.events = events
         self.knn_images = open_knn_images(config)
         for line in self.knn_images.left_out if self.knn_images else ():
@@ -51,37 +51,36 @@ class RunScores:
         """Measure kNN of the teachers and of the untrained student, anew where ``eval`` changed."""
         if self.knn_images is None or not self.config.eval.every_epochs:
             return
-        sets = contents_of(self.knn_images) if self.place.rank == 0 else []
+        sets = contents_of(self.knn_images) if self.worker.rank == 0 else []
         known = stored_references(self.folder, self.config, sets) if sets else None
         if from_rank_zero(known) is not None:
             return
         found = {}
         for branch in branches:
-            backbone = branch.teacher.backbone.to(self.place.device)
-            found[branch.name] = self._shared_knn(backbone)
+            backbone = branch.teacher.backbone.to(self.worker.device)
+            found[branch.name] = self._shared_knn(backbone, sets)
             if self.config.teachers[branch.name].cache.views:  # else it is needed there
                 backbone.cpu()
-        untrained = build_student(self.config, []).backbone.to(self.place.device)
-        found["untrained"] = self._shared_knn(untrained)
-        if self.place.rank == 0:
+        untrained = build_student(self.config, []).backbone.to(self.worker.device)
+        found["untrained"] = self._shared_knn(untrained, sets)
+        if self.worker.rank == 0:
             store_references(self.folder, self.config, found, sets)
             listed = ", ".join(f"{branch.name} {found[branch.name]:.1f}%" for branch in branches)
             self.events.say(f"kNN top-1: {listed}, untrained student {found['untrained']:.1f}%")
 
-    def _shared_knn(self, network: Backbone) -> float:
+    def _shared_knn(self, network: Backbone, sets: Sequence[str]) -> float:
         """Return the kNN of a network that training does not change, maybe of another run."""
-        assert self.knn_images is not None
-        zero = self.place.rank == 0
-        stored = stored_knn(self.config, network, self.knn_images) if zero else None
+        zero = self.worker.rank == 0
+        stored = stored_knn(self.config, network, sets) if zero else None
         found: dict[int, float] = from_rank_zero(stored) or self._knn(network)
         if zero and stored is None:
-            store_knn(self.config, network, self.knn_images, found)
+            store_knn(self.config, network, sets, found)
         return found[max(found)]
 
     def _probe(self, network: nn.Module) -> float:
         """Return the validation mIoU of a linear probe; rank 0 trains it, the others wait."""
         miou = None
-        if self.place.rank == 0:
+        if self.worker.rank == 0:
             data = open_probe(self.config)
             assert data is not None  # the configuration demands it
             was_training = network.training
@@ -98,9 +97,9 @@ class RunScores:
             network.eval(),
             self.knn_images,
             self.config,
-            device=self.place.device,
-            rank=self.place.rank,
-            num_ranks=self.place.num_ranks,
+            device=self.worker.device,
+            rank=self.worker.rank,
+            num_ranks=self.worker.num_ranks,
             gather=gathered,
         )
         network.train(was_training)

@@ -43,8 +43,9 @@ from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
 from pcd_ray.train.elastic import elastic_line, passes_of
 from pcd_ray.train.loop import HostBatch, LoopSettings, StepDone, train_steps
+from pcd_ray.train.metrics import NewestScores
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
-from pcd_ray.train.ranks import Place, barrier, from_rank_zero
+from pcd_ray.train.ranks import Worker, barrier, from_rank_zero
 from pcd_ray.train.ray_heads import fit_head, fitting_line
 from pcd_ray.train.ray_preemption import PreemptionNotices
 from pcd_ray.train.ray_scores import RunScores
@@ -72,9 +73,9 @@ class _Run:
         assert isinstance(device, torch.device)
         self.config = config
         self.folder = RunFolder.of(config)
-        self.place = Place(context.get_world_rank(), context.get_world_size(), device)
+        self.worker = Worker(context.get_world_rank(), context.get_world_size(), device)
         self._mailbox = mailbox
-        self.events = EventSender(mailbox if self.place.rank == 0 else None)
+        self.events = EventSender(mailbox if self.worker.rank == 0 else None)
         self.shards = open_shards(config.data.shards)
         self.plan = EpochPlan(self.shards.plan_sources, config.run.seed)
         self.total_steps = self.plan.total_steps(
@@ -82,14 +83,13 @@ class _Run:
         )
         self.maps: dict[str, StoredMaps] = {}
         self.method = self._build_method()
-        self.scores = RunScores(config, self.place, self.events)
+        self.scores = RunScores(config, self.worker, self.events)
         self.state = self._new_state()
         self._reported_step = -1
         self._notices = PreemptionNotices()
         self._timed_step = 0  # up to here, this time went by since the last checkpoint
         self._unsaved_s = 0.0
-        self._last_scores: dict[str, float] = {}
-        self._scored: tuple[int, list[str]] = (-1, [])  # a step and what was measured at it
+        self._newest = NewestScores()
         self._passed_over: tuple[str, ...] = ()
 
     def train(self) -> None:
@@ -97,7 +97,7 @@ class _Run:
         self.events.reserved(current_reservation(self._mailbox))
         self._restore()
         if self.config.train.min_workers < self.config.train.max_workers:
-            self.events.say(elastic_line(self.config.train, self.place.num_ranks))
+            self.events.say(elastic_line(self.config.train, self.worker.num_ranks))
         self.scores.measure_references(self.method.branches)
         self.events.resumed(self.state.step)
         batches = self._batches()
@@ -138,12 +138,11 @@ class _Run:
         ended = done.epoch_ended + 1
         scores = self.scores.of_epoch(self.state.judged, ended)
         if scores:
-            self._last_scores |= scores
-            self._scored = (done.step, sorted(scores))
+            self._newest.add(done.step, scores)
             self.events.metrics(done.step, epoch, scores)
         self._checkpoint(done.metrics)
         verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
-        if self.place.rank == 0:
+        if self.worker.rank == 0:
             each = "as planned" if not self.plan.reads_once() else "each once"
             self.events.say(
                 f"warning: {verdict}"
@@ -160,8 +159,8 @@ class _Run:
                 global_batch_size=config.train.global_batch_size,
                 start_step=self.state.step,
                 stop_step=self.total_steps,
-                rank=self.place.rank,
-                num_ranks=self.place.num_ranks,
+                rank=self.worker.rank,
+                num_ranks=self.worker.num_ranks,
             ),
             recipe_from(config.augment, config.pairing.kind),
             seed=config.run.seed,
@@ -182,7 +181,7 @@ class _Run:
             ),
             images_per_epoch=self.plan.images_per_epoch,
             global_batch_size=batch,
-            accumulation_steps=passes_of(config.train, self.place.num_ranks),
+            accumulation_steps=passes_of(config.train, self.worker.num_ranks),
             clip_grad_norm=config.optim.clip_grad_norm,
             log_every_steps=config.train.log_every_steps,
             seed=config.run.seed,
@@ -195,7 +194,7 @@ class _Run:
             with blaming(loaded.name):
                 teachers.append((loaded, self._fitted_head(loaded) if fits else None))
                 caches[loaded.name] = cache_of(self.config, loaded, self.shards)
-        method = build_method(self.config, teachers, device=self.place.device)
+        method = build_method(self.config, teachers, device=self.worker.device)
         for branch in method.branches:
             if (cache := caches[branch.name]) is not None:
                 with blaming(branch.name):
@@ -206,9 +205,9 @@ class _Run:
     def _fitted_head(self, loaded: LoadedTeacher) -> nn.Sequential:
         """Return the run's own fitted head; rank 0 fits it once."""
         uri = self.folder.fitted_head(loaded.name)
-        if self.place.rank == 0 and stored_head(uri, self.config, loaded) is None:
+        if self.worker.rank == 0 and stored_head(uri, self.config, loaded) is None:
             self.events.say(fitting_line(loaded))
-            found = fit_head(loaded, self.shards, self.config, device=self.place.device)
+            found = fit_head(loaded, self.shards, self.config, device=self.worker.device)
             if found.remark:
                 self.events.say(found.remark)
             save_fitted_head(uri, found.head, self.config, loaded)
@@ -218,7 +217,7 @@ class _Run:
         return fitted
 
     def _new_state(self) -> TrainState:
-        config, device = self.config, self.place.device
+        config, device = self.config, self.worker.device
         student = self.method.student
         if config.train.sync_batchnorm and device.type == "cuda":
             student = convert_sync_batchnorm(student)
@@ -235,7 +234,7 @@ class _Run:
 
     def _restore(self) -> None:
         """Continue from the newest whole checkpoint; rank 0 says which."""
-        found = latest_checkpoint(self.folder) if self.place.rank == 0 else None
+        found = latest_checkpoint(self.folder) if self.worker.rank == 0 else None
         uri = from_rank_zero(found.uri if found else None)
         if uri is None:
             return
@@ -248,7 +247,7 @@ class _Run:
                 f"({str(error).splitlines()[0]}); set them back, or choose another run.name"
             ) from error
         self._reported_step = self._timed_step = self.state.step
-        self._last_scores = {
+        self._newest.values = {
             name: stored.about["metrics"][name]
             for name in (names.KNN_TOP1, names.KNN1_TOP1, names.SEGMENTATION_MIOU)
             if name in stored.about["metrics"]
@@ -262,9 +261,9 @@ class _Run:
         """Copy the state to the host and let a background thread write it; a collective."""
         self.events.checkpoint(self.state.step)
         state = self.state.state_dict()
-        reported = {**(metrics or {}), **self._last_scores, "step": self.state.step}
+        reported = {**(metrics or {}), **self._newest.values, "step": self.state.step}
         placeholder = upload = None
-        if self.place.rank == 0:
+        if self.worker.rank == 0:
             placeholder = RayCheckpoint(tempfile.mkdtemp(prefix="pcd_ray_checkpoint_"))
             upload = functools.partial(
                 _write,
@@ -288,7 +287,6 @@ class _Run:
     def _about(self, metrics: dict[str, Any]) -> dict[str, Any]:
         method = self.method
         backbone = method.student.backbone
-        scored_step, names_scored = self._scored
         return {
             "step": self.state.step,
             "total_steps": self.total_steps,
@@ -304,7 +302,7 @@ class _Run:
             },
             "data_sha256": self.shards.content_hash,
             "metrics": metrics,
-            "scored": names_scored if scored_step == self.state.step else [],
+            "scored": self._newest.of_step(self.state.step),
             "version": __version__,
         }
 

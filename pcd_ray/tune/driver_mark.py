@@ -17,8 +17,9 @@ from pcd_ray.errors import ConfigError
 from pcd_ray.tune.study import OpenStudy
 
 REFRESH_S = 10.0
-STALE_S = 60.0
-"""Age of a mark whose driver is taken for dead, seen from another machine."""
+STALE_S = 240.0
+"""Age of a mark whose driver is taken for dead, seen from another machine: longer than a driver
+waits for a store that is away."""
 _DRIVER = "driver"  # user attribute of the study
 _UNTOLD = "untold"  # when a process began, where its system does not say
 
@@ -69,10 +70,25 @@ class DriverMark:
         self._write()
 
     def refresh(self) -> None:
-        """Say that this driver is still there, every now and then."""
-        if time.monotonic() >= self._due:
-            with contextlib.suppress(Exception):  # the storage may be better the next time
+        """Say that this driver is still there, every now and then.
+
+        Raises:
+            ConfigError: another driver has taken this one for dead and runs the sweep now.
+        """
+        if time.monotonic() < self._due:
+            return
+        seen = None
+        with contextlib.suppress(Exception):  # the storage may be better the next time
+            seen = self._seen()
+            if seen is None or seen[0] == self._process:
                 self._write()
+                return
+        if seen is not None and seen[0] != self._process:
+            raise ConfigError(
+                f"{self._opened.shown_url}: process {seen[0].pid} on {seen[0].host} runs the sweep "
+                f"{self._opened.study.study_name} now, since this driver had not been heard of for "
+                f"{STALE_S:.0f} s; its trials go on there"
+            )
 
     def release(self) -> None:
         """Take the mark away, unless it is another driver's."""

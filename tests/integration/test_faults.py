@@ -210,7 +210,9 @@ def test_a_run_that_loses_worker_driver_machine_and_head_ends_as_if_it_had_not(
     stored = find_checkpoint(third.run.uri)
     assert_same_end(find_checkpoint(undisturbed.run.uri), stored)
     assert_each_image_once(stored, EPOCHS)
-    assert logged_steps(third.run) == logged_steps(undisturbed.run)
+    logged = logged_steps(third.run)  # lines of the last moments of a killed driver are lost
+    assert logged == sorted(set(logged) & set(logged_steps(undisturbed.run)))
+    assert logged[-1] == STEPS
     print(
         f"seconds until training went on: worker {first.recovery_s()}, "
         f"driver {second.begun_s:.0f}, machine {second.recovery_s()}, head {third.begun_s:.0f}"

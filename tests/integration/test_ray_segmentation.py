@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segmentation_folder import painted, random_mask, write_set
 from tiny import tiny_config
 
 from pcd_ray.config import Config, config_from_values
@@ -22,9 +22,6 @@ from pcd_ray.evaluate.scores import Scores
 from pcd_ray.evaluate.segment.ray_segmentation import judge_segmentation
 from pcd_ray.evaluate.segment.segment_set import open_segment_set
 from pcd_ray.evaluate.students import open_rows
-
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluate"))
-from segmentation_folder import painted, random_mask, write_set
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

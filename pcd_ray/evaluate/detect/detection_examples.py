@@ -3,7 +3,7 @@
 Shapes: N objects, H x W pixels of the network's input.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ class DetectionViews:
     """The long side never gets longer; the short one then stays below its draw."""
     flip_prob: float
     """Probability of mirroring left and right."""
-    max_pixels: int
+    max_pixels: int = field(compare=False)
     """Images with more pixels are refused ..."""
-    max_decode_s: float
+    max_decode_s: float = field(compare=False)
     """... as those whose decoding takes more seconds of processor time."""
     masks: bool
     """Whether targets have masks."""

@@ -9,7 +9,7 @@ Shapes: B images, L classes, H x W pixels of the network's input, Y x X pixels o
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class SegmentationData:
     """Height that images are resized to, their shape kept; 0 keeps theirs. Masks stay whole."""
     relabel: tuple[int, ...] = ()
     """Label of each value 0 to 255 of the mask files; empty: they are labels."""
-    max_decode_s: float = MAX_DECODE_S
+    max_decode_s: float = field(default=MAX_DECODE_S, compare=False)
     """Seconds of processor time that decoding a file may take."""
 
     def example(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

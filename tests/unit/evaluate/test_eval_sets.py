@@ -70,9 +70,10 @@ def test_images_of_all_kinds_of_sets_are_given_up_when_they_take_long(
         look_through(tiny_config(data={"max_decode_s": 1e-9}, eval=probe))
 
 
-@pytest.mark.parametrize("spelt", ["{}/", "file://{}"])
+@pytest.mark.parametrize("spelt", ["{}/", "file://{}", "{}/../train", "{}_linked"])
 def test_a_set_that_votes_on_itself_is_told_however_it_is_spelt(tmp_path: Path, spelt: str) -> None:
     train = str(labelled(tmp_path / "train"))
+    (tmp_path / "train_linked").symlink_to(train)
     sets = {"knn_train": spelt.format(train), "knn_test": train}
     images = open_knn_images(tiny_config(eval=sets))
     assert images is not None

@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from pcd_ray.config import Config
 from pcd_ray.distill.backbones import Backbone, build_backbone
+from pcd_ray.evaluate.classify.classify_settings import contents_of
 from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images, open_probe
 from pcd_ray.evaluate.segment.segmentation import LinearHead, ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.shared_scores import shared_probe, store_knn, stored_knn
@@ -63,20 +64,20 @@ def recentred() -> Backbone:
 def test_equal_weights_are_not_equal_networks(
     config: Config, one: Callable[[], Backbone], other: Callable[[], Backbone]
 ) -> None:
-    images = images_of(config)
+    sets = contents_of(images_of(config))
     first, second = one(), other()
     weights = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(left, right) for left, right in weights)
-    store_knn(config, first, images, TOP1)
-    assert stored_knn(config, one(), images) == TOP1
-    assert stored_knn(config, second, images) is None
+    store_knn(config, first, sets, TOP1)
+    assert stored_knn(config, one(), sets) == TOP1
+    assert stored_knn(config, second, sets) is None
 
 
 def test_other_images_at_the_same_place_are_another_set(config: Config, tmp_path: Path) -> None:
-    store_knn(config, network(), images_of(config), TOP1)
-    assert stored_knn(config, network(), images_of(config)) == TOP1
+    store_knn(config, network(), contents_of(images_of(config)), TOP1)
+    assert stored_knn(config, network(), contents_of(images_of(config))) == TOP1
     Image.new("RGB", (13, 12)).save(tmp_path / "photos" / "ant" / "0.png")
-    assert stored_knn(config, network(), images_of(config)) is None
+    assert stored_knn(config, network(), contents_of(images_of(config))) is None
 
 
 def test_a_probe_is_trained_once_and_again_for_other_masks(config: Config, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pcd_ray import metric_names as names
-from pcd_ray.train.metrics import mean_over_ranks, warnings_of
+from pcd_ray.train.metrics import NewestScores, mean_over_ranks, warnings_of
 
 GOOD = {names.QUEUE_FILL: 100.0, names.STUDENT_SPREAD: 0.06, names.TEACHER_SPREAD: 0.06}
 
@@ -30,3 +30,16 @@ def test_a_loss_without_a_queue_has_none_to_warn_of() -> None:
 def test_alone_the_mean_over_ranks_is_the_value() -> None:
     values = {"a": torch.tensor(1.5, dtype=torch.float64), "b": torch.tensor(2)}
     assert mean_over_ranks(values) == {"a": 1.5, "b": 2.0}
+
+
+def test_a_step_owns_the_scores_that_were_measured_at_it_alone() -> None:
+    newest = NewestScores()
+    newest.add(10, {names.KNN_TOP1: 30.0, names.SEGMENTATION_MIOU: 40.0})
+    assert newest.of_step(10) == sorted([names.KNN_TOP1, names.SEGMENTATION_MIOU])
+    newest.add(20, {names.KNN_TOP1: 31.0})
+    assert newest.values == {names.KNN_TOP1: 31.0, names.SEGMENTATION_MIOU: 40.0}
+    assert (newest.of_step(20), newest.of_step(10), newest.of_step(21)) == (
+        [names.KNN_TOP1],
+        [],
+        [],
+    )
