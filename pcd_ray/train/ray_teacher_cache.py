@@ -47,7 +47,8 @@ def build_caches(
 ) -> int:
     """Compute the maps that a run reads, as far as they are not stored; Ray is up.
 
-    Heads that are fitted are fitted before, once per cache, and become the run's own. A run without
+    Heads that are fitted are fitted before, once for all caches of a place that can share them, and
+    become the run's own. A run without
     ``teacher.cache.views`` needs nothing.
 
     Args:
@@ -118,12 +119,11 @@ class _Build:
         head = self.cache.fitted_head(config, loaded)
         if head is None:
             if own is None:
-                self._fit_head()
+                head = self._shared_head()
             else:
                 self._check_images()
-                save_fitted_head(self.cache.head_uri, own, config, loaded)
-            head = self.cache.fitted_head(config, loaded)
-            assert head is not None  # just written
+                head = own
+            save_fitted_head(self.cache.head_uri, head, config, loaded)
         if own is None:
             save_fitted_head(own_uri, head, config, loaded)
         elif tensors_sha256(own) != tensors_sha256(head):
@@ -133,11 +133,17 @@ class _Build:
             )
         return head
 
-    def _fit_head(self) -> None:
-        self.say(fitting_line(self.loaded))
-        remark = call_in_task(_fit_and_store, self.config, self.cache, self.share, share=self.share)
-        if remark:
-            self.say(remark)
+    def _shared_head(self) -> nn.Sequential:
+        """Return the head that these maps share with those of other adaptors; fit it if need be."""
+        config, loaded, uri = self.config, self.loaded, self.cache.shared_head_uri
+        if stored_head(uri, config, loaded) is None:
+            self.say(fitting_line(loaded))
+            remark = call_in_task(_fit_and_store, config, self.cache, self.share, share=self.share)
+            if remark:
+                self.say(remark)
+        head = stored_head(uri, config, loaded)
+        assert head is not None  # just written
+        return head
 
     def _check_images(self) -> None:
         """Refuse to give other runs a head that was fitted to other images."""
@@ -241,5 +247,5 @@ def _fit_and_store(config: Config, cache: TeacherCache, share: WorkerShare) -> s
     loaded = load_teacher(config.teachers[cache.name], name=cache.name)
     shards = open_shards(config.data.shards)
     found = fit_head(loaded, shards, config, device=torch.device(share.device))
-    save_fitted_head(cache.head_uri, found.head, config, loaded)
+    save_fitted_head(cache.shared_head_uri, found.head, config, loaded)
     return found.remark

@@ -24,6 +24,10 @@ from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import ShardError, TrainingError, WeightsError
 
 _PART_VIEW_BYTES = 2**26  # of a part's views: larger blocks are cut up by Ray Data
+_HEAD_FACTS = (
+    *("backbone_sha256", "recentred", "mean", "std", "head", "fit", "augment", "seed"),
+    *("network", "data_sha256"),
+)
 _LARGEST_ERROR = 2**-8  # of a map in float16, relative; 2^-11 at most where it is in range
 
 
@@ -41,6 +45,17 @@ class TeacherCache:
     def head_uri(self) -> str:
         """Where the fitted head of these maps lies, where the teacher has one."""
         return storage.join(self.maps.uri, "head.safetensors")
+
+    @property
+    def shared_head_uri(self) -> str:
+        """Where the fitted head lies for all caches whose maps it is behind.
+
+        It follows from the backbone, the images and how it was fitted: rules of the adaptor, crops
+        and precision of the maps do not matter.
+        """
+        facts = {name: self.made_of[name] for name in _HEAD_FACTS}
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return storage.join(storage.parent(self.maps.uri), f"head-{key[:16]}.safetensors")
 
     def fitted_head(self, config: Config, loaded: LoadedTeacher) -> nn.Sequential | None:
         """Return the fitted head of these maps; None: it is still to be fitted.

@@ -325,6 +325,24 @@ def test_an_interrupted_build_keeps_its_parts_and_damage_is_refused(prepared: Co
         build()
 
 
+def test_a_fitted_head_is_fitted_once_for_all_rules_of_the_adaptor(prepared: Config) -> None:
+    fit = {"dim": 8, "hidden": 24, "images": 20, "views": 3, "steps": 20}
+    teacher = {"head": "contrastive", "fit": fit}
+    config = elsewhere(with_cache(prepared, "gate", views=1, teacher=teacher), "rules")
+    shards = open_shards(config.data.shards)
+    said: list[str] = []
+    made = {}
+    for rule in ("gate", "tangent"):
+        each = changed(config, run={"name": rule}, teacher={"adaptor": {"rule": rule}})
+        assert build_caches(each, shards, share=SHARE, say=said.append) == NUM_IMAGES
+        made[rule] = caches(each)[0]
+    fitting = [line for line in said if line.startswith("fitting")]
+    assert fitting == ["fitting the teacher's 8-wide contrastive head"]
+    heads = {Path(cache.head_uri).read_bytes() for cache in made.values()}
+    assert heads == {Path(made["gate"].shared_head_uri).read_bytes()}
+    assert not torch.equal(*map(stored_maps, made.values()))
+
+
 def test_maps_that_float16_cannot_hold_are_refused_by_image(
     prepared: Config, tmp_path: Path
 ) -> None:
