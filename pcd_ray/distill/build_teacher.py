@@ -12,7 +12,7 @@ from pcd_ray.distill.backbones import Backbone, WholeNetwork, build_whole, is_kn
 from pcd_ray.distill.heads import MlpShape
 from pcd_ray.distill.networks import HEADS_UNKNOWN, Network
 from pcd_ray.distill.teacher import TeacherIdentity
-from pcd_ray.distill.teacher_parts import TeacherParts, headless_words, take_apart
+from pcd_ray.distill.teacher_parts import OTHER_HEADS, TeacherParts, headless_words, take_apart
 from pcd_ray.distill.timm_heads import classifier_of, clip_projection, own_head
 from pcd_ray.distill.tokens import has_own_vector
 from pcd_ray.distill.weights import load_backbone, read_weights
@@ -193,7 +193,7 @@ def _settle_head(
     if kind == "published" and head is None and network.pooling in _READ_POOLINGS:
         head = own_head(body, projection, recentred=backbone.recentred)
     if kind == "published" and head is None:
-        advice = headless_words(parts) if parts else "use teacher.head=pca, contrastive or none"
+        advice = headless_words(parts) if parts else OTHER_HEADS
         raise WeightsError(
             f"teacher.head=published, but {teacher.weights or teacher.arch} holds no head: {advice}"
         )

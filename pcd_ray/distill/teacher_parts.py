@@ -23,6 +23,8 @@ _MASKING = {
 }
 """Prefixes of keys that masked pre-training leaves beside a bare backbone, and what they are."""
 _NORMALISED_TWO_WAYS = re.compile(r"vit_(tiny|small|base)_patch16_224( \(.*\))?")
+OTHER_HEADS = "use teacher.head=pca, contrastive or none"
+"""What to do about a file whose like has no head anywhere."""
 _PARALLEL = "module."  # DistributedDataParallel puts it before every name
 
 
@@ -99,7 +101,7 @@ def all_licences(licences: Iterable[str]) -> str:
 def headless_words(parts: TeacherParts) -> str:
     """Say which file holds the head that this one lacks."""
     if parts.layout == "pcd_ray":
-        return "use teacher.head=pca, contrastive or none"
+        return OTHER_HEADS
     if has_classifier(parts.backbone):
         return (
             "it ends in a classifier, as supervised networks and linear evaluations do; give the "
@@ -117,7 +119,7 @@ def headless_words(parts: TeacherParts) -> str:
             "it is the backbone alone; of DINO give the *_full_checkpoint.pth; DINOv2, DINOv3, MAE "
             "and CLIP have no published head: use teacher.head=pca, contrastive or none"
         )
-    return "use teacher.head=pca, contrastive or none"
+    return OTHER_HEADS
 
 
 def _grouped(

@@ -22,6 +22,7 @@ from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teachers
 from pcd_ray.distill.diagnostics import chance_loss
 from pcd_ray.distill.fitted_head import check_pca_width
 from pcd_ray.distill.step import Branch
+from pcd_ray.distill.teacher_parts import OTHER_HEADS
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.eval_sets import look_through, open_probe
 from pcd_ray.train.elastic import images_per_pass
@@ -148,7 +149,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
     ]
     notes = {
         f"{loaded.name}.head": f"{loaded.identity.head}, since {loaded.options.weights} holds no "
-        f"projection head: {loaded.headless}"
+        f"projection head" + (f": {loaded.headless}" if loaded.headless != OTHER_HEADS else "")
         for loaded, _ in teachers
         if loaded.headless
     }
