@@ -10,16 +10,21 @@ from collections.abc import Iterable
 
 from pcd_ray import storage
 
+_FOLDERS_ONE_BY_ONE = 8
+
 
 def stored_files(uris: Iterable[str]) -> dict[str, storage.StoredFile]:
     """Return URI -> size and time of writing, in order; absent files have neither.
 
-    Whole folders are listed, which on an object store is one call where files are many.
+    Whole folders are listed, which on an object store is one call where files are many; many
+    folders of one place there are listed together.
     """
     asked = dict.fromkeys(uris)
     folders = list(dict.fromkeys(map(storage.parent, asked)))
     above = dict.fromkeys(map(storage.parent, folders))
-    whole = len(folders) > 1 and len(above) == 1  # class folders: all of them in one listing
+    # class folders in a bucket in one listing; a local listing costs little, what lies above a lot
+    many = len(folders) > _FOLDERS_ONE_BY_ONE and storage.is_remote(folders[0])
+    whole = many and len(above) == 1
     known = {
         file.uri: file
         for folder in (above if whole else folders)

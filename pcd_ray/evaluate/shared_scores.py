@@ -114,8 +114,10 @@ def _network(network: Backbone) -> dict[str, Any]:
     return {
         "name": network.name,
         "sha256": tensors_sha256(network),
-        "body_sha256": hashlib.sha256(repr(network.body).encode()).hexdigest(),
-        "kwargs": hash_of(repr(sorted(network.kwargs.items()))),
+        "body_sha256": hash_of(repr(network.body)),
+        "kwargs": repr(
+            sorted(network.kwargs.items())
+        ),  # heads of attention are in no module's text
         "tap": network.tap,
         "recentred": network.recentred,
         "mean": network.mean.flatten().tolist(),

@@ -248,6 +248,10 @@ def test_a_student_that_was_trained_in_part_cannot_teach(bare_file: str, tmp_pat
         WeightsError, match=r"tapped\S* .*up to stage 2 of test_resnet alone .*; give"
     ):
         load_teacher(tiny_config(teacher={"weights": str(path)}).teacher)
+    whole = about | {"timm_tap": "", "teacher_2_licence": "CC-BY-NC-4.0"}
+    safetensors.torch.save_file(tensors, path, metadata=whole)
+    both = load_teacher(tiny_config(teacher={"weights": str(path)}).teacher)
+    assert both.identity.licence == "MIT and CC-BY-NC-4.0"
     safetensors.torch.save_file(tensors, path, metadata=about | {"timm_tap": ""})
     assert load_teacher(tiny_config(teacher={"weights": str(path)}).teacher).head is None
 

@@ -75,6 +75,7 @@ def test_a_later_process_of_the_same_id_is_another(opened: OpenStudy, clock: Clo
     del clock
     DriverMark(opened, replace(Process.of(os.getpid()), began="long ago")).take()
     DriverMark(opened).take()
+    assert "long ago" not in opened.study.user_attrs["driver"]
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"namespace": "pid:[1]"}])
@@ -118,6 +119,7 @@ def test_a_storage_that_fails_for_a_moment_ends_no_sweep(
 ) -> None:
     mark = DriverMark(opened)
     mark.take()
+    taken = opened.study.user_attrs["driver"]
     clock.now += REFRESH_S
 
     def fail(*_: Any) -> None:
@@ -127,6 +129,11 @@ def test_a_storage_that_fails_for_a_moment_ends_no_sweep(
     progress = Progress(tiny_config(), opened, mark, lambda: None)
     progress.on_step_end(0, [])
     mark.release()
+    assert opened.study.user_attrs["driver"] == taken
+    monkeypatch.undo()
+    clock.now += REFRESH_S
+    progress.on_step_end(0, [])
+    assert opened.study.user_attrs["driver"] != taken
 
 
 def test_a_step_of_the_sweep_refreshes_the_mark(opened: OpenStudy, clock: Clock) -> None:
