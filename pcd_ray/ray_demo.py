@@ -25,6 +25,7 @@ from pcd_ray.config import Config, SourceConfig
 from pcd_ray.data.ray_pack import pack
 from pcd_ray.data.scenes import CLASSES, make_picture, write_scenes
 from pcd_ray.distill.backbones import build_backbone, map_shape
+from pcd_ray.distill.build import autocast_dtype
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.errors import ConfigError
 from pcd_ray.ray_cluster import check_outlives_job, connect
@@ -178,11 +179,12 @@ def _train_teacher(config: Config, size: DemoSize) -> None:
     classifier = nn.Sequential(nn.ReLU(), nn.Linear(_HEAD_OUT, len(CLASSES) - 1))
     network = nn.ModuleList([backbone, head, classifier]).train()
     backbone.use_channels_last()
+    dtype = autocast_dtype(config)
     optimizer = build_optimizer("adamw", network, weight_decay=0.05)
     schedule = Schedule(_TEACHER_LR, 0.1 * size.teacher_steps, size.teacher_steps, 0.0)
     for step, (pictures, labels) in enumerate(_picture_batches(config.run.seed, size)):
         set_learning_rate(optimizer, schedule.learning_rate(step))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             named = classifier(head(backbone(pictures).mean((2, 3))))
         loss = F.cross_entropy(named.float(), labels)
         optimizer.zero_grad()
