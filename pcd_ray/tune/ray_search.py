@@ -158,6 +158,12 @@ class _Asha(_Remembering, ASHAScheduler):
 
 
 class _Median(_Remembering, MedianStoppingRule):
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide as Tune does; an epoch that is done again after a resume counts once."""
+        kept = [each for each in self._results[trial] if each[EPOCH] != result[EPOCH]]
+        self._results[trial] = kept
+        return str(super().on_trial_result(tune_controller, trial, result))
+
     def _replay(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         super()._replay(tune_controller, trial, result)
         self._stopped_trials.discard(trial)  # it takes no further score of one that it would stop

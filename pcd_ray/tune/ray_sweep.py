@@ -21,6 +21,7 @@ from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
 from pcd_ray.ray_cluster import check_outlives_job
+from pcd_ray.ray_fit import stopped_in_order
 from pcd_ray.ray_nodes import HEAD, Cluster, nodes_with
 from pcd_ray.ray_placement import asked_of, cluster_of
 from pcd_ray.ray_shares import cpus_beside_others
@@ -264,7 +265,8 @@ def _run(
         ),
     )
     try:
-        tuner.fit()
+        with stopped_in_order():  # Tune heeds Ctrl-C alone; SIGTERM aborts the process in its loop
+            tuner.fit()
     finally:
         storage.delete_folder(folder.file(_OF_TUNE))
     if opened.trials(TrialState.RUNNING):

@@ -218,7 +218,7 @@ def test_a_second_run_computes_no_map_and_follows_the_files_alone(
         first.config,
         run={"name": "second"},
         teacher={"cache": {"views": VIEWS, "path": str(tmp_path)}},
-        train={"epochs": 1, "accumulation_steps": 2},
+        train={"epochs": 1, "accumulation_steps": 2, "num_workers": 1},
     )
     _, console = trained(config)
     assert f"in {moved}: all there\n" in console
@@ -258,7 +258,9 @@ def test_a_run_that_is_stopped_goes_on_and_makes_a_deleted_cache_again(prepared:
         "cache": {"views": VIEWS},
     }
     config = changed(
-        with_cache(prepared, "two", views=VIEWS), teacher_2=second, pairing={"kind": "same_view"}
+        with_cache(prepared, "two", views=VIEWS, train={"num_workers": 1}),
+        teacher_2=second,
+        pairing={"kind": "same_view"},
     )
     plan = dry_run(config).summary()
     assert plan["teacher_2"]["teacher_cache"]["maps"] == VIEWS * NUM_IMAGES

@@ -246,6 +246,23 @@ def test_the_median_rule_knows_what_an_interrupted_trial_has_reached(tmp_path: P
         assert rule.on_trial_result(None, trial, report(50.0, 4)) == decision
 
 
+def test_the_median_rule_counts_an_epoch_that_is_done_again_once(tmp_path: Path) -> None:
+    config = searching(tmp_path, scheduler="median")
+    searcher = search(config)
+    for number, scores in enumerate(((60.0, 61.0), (40.0,), (10.0, 11.0))):
+        reported(searcher, number, scores)
+    rule = stopping_rule(config, opened(config))
+    again: Any = _Trial("again", number=1)  # its mean is 65, or 57 where 40 counts twice
+    rule.on_trial_add(None, again)
+    rule.on_trial_result(None, again, report(40.0, 1))
+    rule.on_trial_result(None, again, report(90.0, 2))
+    for number in (0, 2):
+        rule.on_trial_add(None, _Trial(f"trial_{number}", number=number))
+    new: Any = _Trial("new", number=3)  # the median of 60.5, 65 and 10.5, or of 60.5, 57 and 10.5
+    rule.on_trial_add(None, new)
+    assert rule.on_trial_result(None, new, report(58.0, 2)) == "STOP"
+
+
 def test_the_score_of_the_last_epoch_ends_no_trial_that_is_still_to_be_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
