@@ -1,10 +1,10 @@
 """A cluster that starts as a head without CPUs, grows for a run, and shrinks again.
 
-Simulated: Ray's fake multi-node provider starts each node as further Ray processes on this machine,
-and GPUs are numbers. Real: Ray's autoscaler, its scheduling by labels, and a run of our own, which
-therefore trains on CPUs of the nodes that are labelled for training. The autoscaler (v1) counts
-resources and ignores labels when it decides what is missing, so that a worker, which takes a node
-of 3 CPUs whole, must not fit on a node of 2.
+Simulated: Ray's fake multi-node provider (`simulated_cloud`) starts each node as further Ray
+processes on this machine, and GPUs are numbers. Real: Ray's autoscaler, its scheduling by labels,
+and a run of our own, which therefore trains on CPUs of the nodes that are labelled for training.
+The autoscaler (v1) counts resources and ignores labels when it decides what is missing, so that a
+worker, which takes a node of 3 CPUs whole, must not fit on a node of 2.
 """
 
 import json
@@ -34,7 +34,7 @@ EVENT_S = 300.0
 HEAD_ALONE = {"head": 1}
 _STARTED = "This command will now block forever"
 _ATTEMPTS = 5
-_STATUS_CHARS = 3000
+_LOG_CHARS = 3000
 HEAD_TYPE = "ray.head.default"  # the fake provider knows no other
 _COMMANDS = [
     "initialization_commands",
@@ -63,6 +63,8 @@ class Cluster:
     session: int
     address: str
     home: Path
+    folder: Path
+    """Where Ray keeps its logs."""
     counts: list[tuple[float, dict[str, int]]] = field(default_factory=list)
     """When the nodes changed, and how many of each pool there were from then on."""
     work: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -76,11 +78,36 @@ class Cluster:
             self.counts.append((time.time(), counts))
         for pid, words in processes.items():
             title = words[0]
-            if title.startswith("ray::") and parent_of(pid) in pools:
-                self.work[title.removeprefix("ray::"), pools[parent_of(pid)]] += 1
+            if title.startswith("ray::"):
+                pool = pools.get(parent_of(pid))  # none: of a worker, or it has ended since
+                if pool:
+                    self.work[title.removeprefix("ray::"), pool] += 1
 
     def nodes(self) -> dict[str, int]:
         return self.counts[-1][1]
+
+    def history(self) -> list[str]:
+        """Return the nodes over time, a line for each change."""
+        begun = self.counts[0][0]
+        return [f"{when - begun:6.1f} s  {counts}" for when, counts in self.counts]
+
+    def wait_until_alone(self) -> None:
+        """Wait until the head is the only node.
+
+        Raises:
+            AssertionError: it does not come to that; it says which nodes there were, and when.
+        """
+        try:
+            wait_for(lambda: self.nodes() == HEAD_ALONE, timeout_s=EVENT_S)
+        except TimeoutError as error:
+            story = [str(error), *self.history(), self.autoscaler_log()]
+            raise AssertionError("\n".join(story)) from None
+
+    def autoscaler_log(self) -> str:
+        """Return the end of what the autoscaler saw, without its lines of rules and blanks."""
+        (log,) = self.folder.glob("session_2*/logs/monitor.log")
+        lines = [line for line in log.read_text().splitlines() if line.strip(" -")]
+        return "\n".join(lines)[-_LOG_CHARS:]
 
     def nodes_between(self, begun: float, ended: float) -> list[dict[str, int]]:
         """Return the nodes when something began and after each change until it ended."""
@@ -114,7 +141,8 @@ def _launcher(address: str) -> dict[str, Any]:
         "idle_timeout_minutes": 0.75,  # on a busy machine a process takes long to start on a node
         "upscaling_speed": 10,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": "simulated_cloud.SimulatedCloud",
             "gcs_address": address,
             "use_node_id_as_ip": True,  # all nodes have one address
             "disable_node_updaters": True,
@@ -165,11 +193,12 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             --autoscaling-config={launcher} --temp-dir={folder}"""
         environment = _environment(home) | {
             "RAY_FAKE_CLUSTER": "1",
+            "PYTHONPATH": str(Path(__file__).parent),  # of the provider
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         }
         head = _head(command.split(), tmp_path / "head.log", environment)
-        found = Cluster(head.pid, address, home)
+        found = Cluster(head.pid, address, home, Path(folder))
         over = threading.Event()
         watcher = threading.Thread(target=_watch, args=(found, over))
         watcher.start()
@@ -180,11 +209,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             watcher.join()
             end_session(head.pid)
             head.wait()
-            begun = found.counts[0][0]
-            for when, counts in found.counts:
-                print(f"{when - begun:6.1f} s  {counts}")
-            for monitor in Path(folder).glob("session_2*/logs/monitor.log"):
-                print(monitor.read_text()[-_STATUS_CHARS:])  # what the autoscaler saw last
+            print(*found.history(), sep="\n")
 
 
 def _head(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -217,7 +242,7 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def _watch(cluster: Cluster, over: threading.Event) -> None:
-    while not over.wait(0.05):
+    while not over.wait(0.1):
         cluster.look()
 
 
@@ -245,6 +270,7 @@ def _driven(cluster: Cluster, folder: Path, steps: list[list[str]]) -> dict[str,
     return {**came, "out": out.read_text(), "err": err.read_text()}
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # the watcher's
 def test_a_cluster_grows_for_a_run_and_shrinks_again(cluster: Cluster, tmp_path: Path) -> None:
     config = changed(
         prepare_unpacked(tmp_path),
@@ -262,7 +288,7 @@ def test_a_cluster_grows_for_a_run_and_shrinks_again(cluster: Cluster, tmp_path:
     ]
     _check(cluster, tmp_path, _driven(cluster, tmp_path, steps))
     # nothing that a job leaves behind keeps nodes up
-    wait_for(lambda: cluster.nodes() == HEAD_ALONE, timeout_s=EVENT_S)
+    cluster.wait_until_alone()
 
 
 def _check(cluster: Cluster, tmp_path: Path, did: dict[str, Any]) -> None:
