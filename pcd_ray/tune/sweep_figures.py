@@ -19,8 +19,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pcd_ray.tune.records import STATES, score_of
 from pcd_ray.tune.study import history_of
 
+ENOUGH = 10
+"""Finished trials from which on importances are told: there is a best tenth."""
 _DPI = 130
-_ENOUGH = 10  # finished trials, so that there is a best tenth
 _IN_A_ROW = 4  # panels
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _MARKS = {
@@ -63,7 +64,7 @@ def importances(scored: optuna.Study) -> dict[str, float]:
     Empty where fewer than ten trials have finished or all are alike. Source: PED-ANOVA (Watanabe et
     al., IJCAI 2023), as Optuna has it.
     """
-    if len(scored.trials) < _ENOUGH:
+    if len(scored.trials) < ENOUGH:
         return {}
     try:
         with warnings.catch_warnings():

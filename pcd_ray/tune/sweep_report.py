@@ -14,7 +14,7 @@ from pcd_ray.evaluate.figures import loss_curve
 from pcd_ray.evaluate.report import Figure, Link, Table, render_report
 from pcd_ray.tune.records import TrialRecord, best_trial, trade_offs, trial_name, trial_values
 from pcd_ray.tune.study import OpenStudy
-from pcd_ray.tune.sweep_figures import sweep_figures
+from pcd_ray.tune.sweep_figures import ENOUGH, sweep_figures
 
 UNITS = {
     "knn_top1": "kNN top-1 %",
@@ -147,9 +147,15 @@ def _page_of_unfinished(own: RunFolder, config: Config, record: TrialRecord) -> 
 
 def _notes(config: Config, opened: OpenStudy, records: Sequence[TrialRecord]) -> list[str]:
     failed = [f"Trial {r.number} failed: {r.reason}" for r in records if r.reason]
+    finished = sum(record.state == "finished" for record in records)
+    too_few = (
+        f"Which options mattered is told from {ENOUGH} finished trials on; {finished} have "
+        "finished. More: the same command with a larger tune.trials."
+    )
     judged = config.eval.knn_test if config.tune.metric == "knn_top1" else config.eval.segmentation
     return [
         *failed,
+        *([too_few] if finished < ENOUGH else []),
         f"Every trial was judged on {judged}. The best score is the highest of many noisy ones: on "
         "images that chose nothing, the same configuration will score lower.",
         "Each value was trained once, with one seed, unless the space holds run.seed: differences "
