@@ -158,8 +158,8 @@ def _notes(config: Config, opened: OpenStudy, records: Sequence[TrialRecord]) ->
         *([too_few] if finished < ENOUGH else []),
         f"Every trial was judged on {judged}. The best score is the highest of many noisy ones: on "
         "images that chose nothing, the same configuration will score lower.",
-        "Each value was trained once, with one seed, unless the space holds run.seed: differences "
-        "as small as those between seeds say nothing.",
+        "Each trial was trained once, all with one seed: differences as small as those between "
+        "seeds say nothing.",
         f"The study is in {opened.shown_url}; `optuna-dashboard` shows it.",
     ]
 

@@ -9,7 +9,7 @@ from processes import of_session
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 
-class SimulatedCloud(FakeMultiNodeProvider):  # type: ignore[misc]
+class SimulatedCloud(FakeMultiNodeProvider):
     """Loses no node.
 
     Ray gives a node 30 s to start. The fake provider forgets one that takes longer, but its

@@ -225,7 +225,7 @@ def _head(command: list[str], log: Path, environment: dict[str, str]) -> subproc
             )
         try:
             wait_for(
-                lambda: _STARTED in log.read_text() or head.poll() is not None,  # noqa: B023
+                lambda process=head: _STARTED in log.read_text() or process.poll() is not None,
                 timeout_s=EVENT_S,
             )
         except BaseException:
