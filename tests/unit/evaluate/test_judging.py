@@ -1,6 +1,7 @@
 """Parts that are done are not done again; one that fails costs itself alone."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,8 @@ def test_scores_come_back_whole(tmp_path: Path) -> None:
     )
     store_scores(str(tmp_path), scores)
     assert stored_scores(str(tmp_path)) == scores
+    store_scores(str(tmp_path), replace(scores, intervals={"miou": (10.0, float("nan"))}))
+    assert stored_scores(str(tmp_path)) is None, "of an older version: it is judged again"
     (tmp_path / "scores.json").write_text('{"values": 3')
     assert stored_scores(str(tmp_path)) is None
     assert stored_scores(str(tmp_path / "absent")) is None
