@@ -59,12 +59,10 @@ def test_enough_steps_reach_the_optimum_that_scikit_learn_finds() -> None:
 def test_side_by_side_is_each_rate_alone() -> None:
     train, labels = labelled(150, seed=0)
     together = _trained(train, labels, SETTINGS)
-    count = len(SETTINGS.base_lrs)
     for place, rate in enumerate(SETTINGS.base_lrs):
         alone = _trained(train, labels, replace(SETTINGS, base_lrs=(rate,)))
-        for mine, other in ((place, 0), (count + place, 1)):
-            torch.testing.assert_close(together.weight[:, mine], alone.weight[:, other])
-            torch.testing.assert_close(together.bias[mine], alone.bias[other])
+        torch.testing.assert_close(together.weight[:, :, place], alone.weight[:, :, 0])
+        torch.testing.assert_close(together.bias[:, place], alone.bias[:, 0])
 
 
 @pytest.mark.parametrize("sees_all", [False, True])
@@ -72,7 +70,8 @@ def test_each_classifier_is_what_torch_trains_on_its_images(sees_all: bool) -> N
     train, labels = labelled(150, seed=0)
     task = ProbeTask.of(train, labels, SETTINGS)
     state = _trained(train, labels, SETTINGS)
-    scaled = (train - train.mean(0)) / train.std(0, correction=0)
+    seen = train if sees_all else train[~task.held_out]
+    scaled = (train - seen.mean(0)) / seen.std(0, correction=0)
     for place, rate in enumerate(SETTINGS.base_lrs):
         model = torch.nn.Linear(6, 4)
         torch.nn.init.zeros_(model.weight)
@@ -85,9 +84,20 @@ def test_each_classifier_is_what_torch_trains_on_its_images(sees_all: bool) -> N
             optimizer.zero_grad()
             F.cross_entropy(model(scaled[kept]), (labels[kept] - 3) // 10).backward()
             optimizer.step()
-        mine = place + len(SETTINGS.base_lrs) * sees_all
-        torch.testing.assert_close(state.weight[:, mine], model.weight.T, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(state.bias[mine], model.bias, rtol=1e-4, atol=1e-5)
+        weight, bias = state.weight[int(sees_all), :, place], state.bias[int(sees_all), place]
+        torch.testing.assert_close(weight, model.weight.T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bias, model.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_held_out_images_do_not_reach_what_is_judged_on_them() -> None:
+    train, labels = labelled(150, seed=0)
+    task = ProbeTask.of(train, labels, SETTINGS)
+    moved = torch.where(task.held_out[:, None], 3 * train + 40, train)
+    (apart, whole), (other_apart, other_whole) = (
+        _trained(features, labels, SETTINGS).weight for features in (train, moved)
+    )
+    torch.testing.assert_close(apart, other_apart, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(whole, other_whole, rtol=1e-2)
 
 
 def test_labels_of_held_out_images_move_the_choice_alone() -> None:
@@ -97,9 +107,8 @@ def test_labels_of_held_out_images_move_the_choice_alone() -> None:
     turned = torch.where(task.held_out, (task.targets + 1) % 4, task.targets)
     other = replace(task, targets=turned)
     changed = _stepped(other, train)
-    count = len(SETTINGS.base_lrs)
-    assert torch.equal(changed.weight[:, :count], state.weight[:, :count])
-    assert not torch.equal(changed.weight[:, count:], state.weight[:, count:])
+    assert torch.equal(changed.weight[0], state.weight[0])
+    assert not torch.equal(changed.weight[1], state.weight[1])
     before, after = (chosen(t, state, train).held_out_top1_pct for t in (task, other))
     assert all(after[rate] < before[rate] for rate in SETTINGS.base_lrs)
 
@@ -115,6 +124,31 @@ def test_the_rate_chosen_is_the_best_on_held_out_images_and_said_when_at_the_edg
         train, labels, replace(settings, base_lrs=(1e-9, 0.1, 1e9)), device=CPU
     ).at_edge
     assert not fit_cached(train, labels, replace(settings, base_lrs=(0.1,)), device=CPU).at_edge
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_rate_that_diverges_is_never_chosen(value: float, half: int) -> None:
+    train, labels = labelled(150, seed=0)
+    task = ProbeTask.of(train, labels, SETTINGS)
+    state = _trained(train, labels, SETTINGS)
+    state.weight.neg_()  # the finite ones are as wrong as they can be
+    state.bias.neg_()
+    state.weight[half, :, 0, 1] = value
+    probe = chosen(task, state, train)
+    assert probe.base_lr in (0.1, 1.0)
+    assert (list(probe.held_out_top1_pct), probe.diverged) == ([0.1, 1.0], (0.01,))
+    assert bool(probe.classifier.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_a_probe_that_diverges_at_all_rates_is_refused(standardise: bool) -> None:
+    train, labels = labelled(150, seed=0)
+    settings = replace(SETTINGS, base_lrs=(2e38, 3e38), standardise=standardise)
+    fix = "" if standardise else r", or set eval\.linear\.standardise=true"
+    message = rf"eval\.linear\.base_lrs=\[2e\+38, 3e\+38\]: .* diverges .* give smaller ones{fix}$"
+    with pytest.raises(TrainingError, match=message):
+        fit_cached(train, labels, settings, device=CPU)
 
 
 def test_equal_seeds_give_equal_probes_and_others_do_not() -> None:
