@@ -1,12 +1,12 @@
 """Linear classifiers on frozen features, all learning rates of a sweep trained side by side.
 
-One pass over the images trains two classifiers for each rate: one that never sees the held-out
-share of the training images, by which the rate is chosen, and one that sees all of them, which is
-reported. Each standardises features by the images that it sees. No test image takes part. Cached
-and augmented features go the same way.
+One pass over the images trains two classifiers for each rate: one that takes no step on the
+held-out share of the training images, by which the rate is chosen, and one that is trained on all
+of them, which is reported. Both standardise features alike, by mean and variance over all training
+images, held-out ones included: those know no label. No test image takes part. Cached and augmented
+features go the same way.
 
-Shapes: N training images, B images per step, C channels, L classes, R rates; a first axis of 2
-holds what sees no held-out image (`_APART`), then what sees all (`_WHOLE`).
+Shapes: N training images, B images per step, C channels, L classes, R rates, S = 2R classifiers.
 """
 
 import math
@@ -24,7 +24,6 @@ from pcd_ray.errors import ShardError, TrainingError
 from pcd_ray.evaluate.features import check_finite
 from pcd_ray.seeds import derive_seed
 
-_APART, _WHOLE = 0, 1
 _MOMENTUM = 0.9
 _IMAGES_PER_CHUNK = 4096  # whose logits are in memory at a time
 
@@ -78,8 +77,8 @@ class LinearProbe:
     """Trained on all training images at the rate chosen."""
     base_lr: float
     held_out_top1_pct: dict[float, float]
-    """Rate -> top-1 of the classifiers that did not see the held-out images, on these; without
-    those that diverged."""
+    """Rate -> top-1 of the classifiers that were not trained on the held-out images, on these;
+    without those that diverged."""
     at_edge: bool
     """The rate is the smallest or largest of several: a better one may lie beyond."""
     diverged: tuple[float, ...]
@@ -94,8 +93,8 @@ class ProbeTask:
     labels: Tensor  # (L,) int64, sorted
     targets: Tensor  # (N,) int64 in [0, L)
     held_out: Tensor  # (N,) bool
-    mean: Tensor  # (2, C)
-    std: Tensor  # (2, C)
+    mean: Tensor  # (C,), over all training images
+    std: Tensor  # (C,)
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, settings: LinearSettings) -> Self:
@@ -114,10 +113,8 @@ class ProbeTask:
         held_out = held_out_rows(
             targets, settings.held_out_fraction, seed=derive_seed(settings.seed, "held_out")
         )
-        seen = features[~held_out.to(features.device)], features
-        statistics = [_statistics(each, standardise=settings.standardise) for each in seen]
-        mean, std = (torch.stack(each).cpu() for each in zip(*statistics, strict=True))
-        return cls(settings, known, targets, held_out, mean, std)
+        mean, std = _statistics(features, standardise=settings.standardise)
+        return cls(settings, known, targets, held_out, mean.cpu(), std.cpu())
 
     @property
     def order(self) -> EpochPlan:
@@ -145,10 +142,10 @@ class ProbeTask:
 
 @dataclass(slots=True)
 class ProbeState:
-    """All classifiers in training."""
+    """S classifiers in training: first those of no held-out image, then those of all images."""
 
-    weight: Tensor  # (2, C, R, L)
-    bias: Tensor  # (2, R, L)
+    weight: Tensor  # (C, S, L)
+    bias: Tensor  # (S, L)
     weight_velocity: Tensor
     bias_velocity: Tensor
     step: int = 0
@@ -157,9 +154,9 @@ class ProbeState:
     @classmethod
     def new(cls, task: ProbeTask, device: torch.device) -> Self:
         """Return the state before the first step: all weights are 0, the problem is convex."""
-        rates, classes = len(task.settings.base_lrs), len(task.labels)
-        weight = torch.zeros(*task.mean.shape, rates, classes, device=device)
-        bias = torch.zeros(2, rates, classes, device=device)
+        stack, classes = 2 * len(task.settings.base_lrs), len(task.labels)
+        weight = torch.zeros(len(task.mean), stack, classes, device=device)
+        bias = torch.zeros(stack, classes, device=device)
         return cls(weight, bias, torch.zeros_like(weight), torch.zeros_like(bias))
 
 
@@ -168,11 +165,11 @@ def probe_steps(
 ) -> Iterator[ProbeState]:
     """Take a step for each batch, in place, and yield the state after it."""
     device = state.weight.device
-    mean, std = (each.to(device)[:, None] for each in (task.mean, task.std))  # (2, 1, C)
-    rates = torch.tensor(task.settings.base_lrs, device=device) * task.batch_size / 256
+    mean, std = task.mean.to(device), task.std.to(device)
+    rates = torch.tensor([*task.settings.base_lrs] * 2, device=device) * task.batch_size / 256
     for features, rows in batches:
-        x = (features.to(device) - mean) / std  # (2, B, C)
-        share = _shares(task.held_out[rows]).to(device)  # (2, B)
+        x = (features.to(device) - mean) / std
+        share = _shares(task.held_out[rows], len(task.settings.base_lrs)).to(device)  # (B, S)
         lr = rates * 0.5 * (1 + math.cos(math.pi * state.step / task.num_steps))
         _sgd_step(state, x, task.targets[rows].to(device), share, lr)
         state.step += 1
@@ -216,16 +213,16 @@ def chosen(task: ProbeTask, state: ProbeState, features: Tensor) -> LinearProbe:
     held_out, targets = features[task.held_out], task.targets[task.held_out]
     judged: dict[float, tuple[float, float]] = {}
     for place, rate in enumerate(rates):
-        apart, whole = (_classifier(task, state, half, place) for half in (_APART, _WHOLE))
+        apart, whole = (_classifier(task, state, at) for at in (place, len(rates) + place))
         losses = [_loss(each, held_out, targets) for each in (apart, whole)]
         if all(map(math.isfinite, losses)):
             top1 = 100 * float(apart.hits(held_out, task.labels[targets], top=1).double().mean())
-            judged[rate] = top1, -losses[_APART]
+            judged[rate] = top1, -losses[0]
     if not judged:
         raise TrainingError(_diverged(task.settings))
     best = max(judged, key=lambda rate: judged[rate])
     return LinearProbe(
-        _classifier(task, state, _WHOLE, rates.index(best)),
+        _classifier(task, state, len(rates) + rates.index(best)),
         base_lr=best,
         held_out_top1_pct={rate: top1 for rate, (top1, _) in judged.items()},
         at_edge=len(rates) > 1 and best in (min(rates), max(rates)),
@@ -265,33 +262,33 @@ def _statistics(features: Tensor, *, standardise: bool) -> tuple[Tensor, Tensor]
     return mean.float(), torch.where(constant, torch.ones_like(std), std).float()
 
 
-def _shares(held_out: Tensor) -> Tensor:
-    """Return each image's share of a classifier's mean loss, (2, B)."""
-    seen = torch.ones(2, len(held_out))
-    seen[_APART, held_out] = 0
-    return seen / seen.sum(dim=1, keepdim=True).clamp(min=1)
+def _shares(held_out: Tensor, num_rates: int) -> Tensor:
+    """Return each image's share of each classifier's mean loss, (B, S)."""
+    seen = torch.ones(len(held_out), 2 * num_rates)
+    seen[held_out, :num_rates] = 0
+    return seen / seen.sum(dim=0).clamp(min=1)
 
 
 def _sgd_step(state: ProbeState, x: Tensor, targets: Tensor, share: Tensor, lr: Tensor) -> None:
-    """Update all classifiers with SGD and momentum; each has its own loss and rate (R,)."""
-    rates, classes = state.bias.shape[1:]
-    logits = (x @ state.weight.flatten(2)).unflatten(2, (rates, classes)) + state.bias[:, None]
-    slope = logits.softmax(dim=3)  # (2, B, R, L): of the cross-entropy, once 1 is off the truth
-    truth = targets.view(1, -1, 1, 1).expand(2, -1, rates, 1)
-    slope.scatter_add_(3, truth, slope.new_full(truth.shape, -1.0))
-    slope *= share[:, :, None, None]
-    gradient = (x.mT @ slope.flatten(2)).view_as(state.weight)
+    """Update all classifiers with SGD and momentum; each has its own loss and rate (S,)."""
+    channels, stack, classes = state.weight.shape
+    logits = (x @ state.weight.view(channels, -1)).view(-1, stack, classes) + state.bias
+    slope = logits.softmax(dim=2)  # (B, S, L): of the cross-entropy, once 1 is taken off the truth
+    truth = targets.view(-1, 1, 1).expand(-1, stack, 1)
+    slope.scatter_add_(2, truth, slope.new_full(truth.shape, -1.0))
+    slope *= share[:, :, None]
+    gradient = (x.T @ slope.view(-1, stack * classes)).view(channels, stack, classes)
     state.weight_velocity.mul_(_MOMENTUM).add_(gradient)
-    state.bias_velocity.mul_(_MOMENTUM).add_(slope.sum(dim=1))
+    state.bias_velocity.mul_(_MOMENTUM).add_(slope.sum(dim=0))
     state.weight.sub_(lr[:, None] * state.weight_velocity)
     state.bias.sub_(lr[:, None] * state.bias_velocity)
 
 
-def _classifier(task: ProbeTask, state: ProbeState, half: int, place: int) -> LinearClassifier:
-    """Return one classifier, for raw features: ``_APART`` or ``_WHOLE``, at the rate of a place."""
+def _classifier(task: ProbeTask, state: ProbeState, place: int) -> LinearClassifier:
+    """Return one classifier, for raw features."""
     device = state.weight.device
-    weight = state.weight[half, :, place] / task.std[half].to(device)[:, None]
-    bias = state.bias[half, place] - task.mean[half].to(device) @ weight
+    weight = state.weight[:, place] / task.std.to(device)[:, None]
+    bias = state.bias[place] - task.mean.to(device) @ weight
     return LinearClassifier(weight, bias, task.labels.to(device))
 
 
