@@ -16,6 +16,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 from processes import wait_for
+from studies import opened_study
 from tiny_run import changed, prepare
 
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
@@ -23,8 +24,7 @@ from pcd_ray.config import Config, config_from_file, to_yaml
 from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
 from pcd_ray.tune.ray_sweep import SweepResult, sweep
-from pcd_ray.tune.space import open_space
-from pcd_ray.tune.study import HISTORY, history_of, open_study
+from pcd_ray.tune.study import HISTORY, history_of
 
 EVENT_S = 400  # a busy machine starts Ray slowly
 SPACE = {"loss.temperature": {"uniform": [0.1, 0.4]}}
@@ -107,8 +107,7 @@ def test_a_trial_that_is_stopped_early_frees_what_it_reserved(
         train={"epochs": 40, "cpus_per_worker": 1.2},
         tune={"trials": 8, "scheduler": "asha", "own_values_first": False},
     )
-    images = open_shards(config.data.shards).content_hash
-    opened = open_study(config, open_space(config), RunFolder.of(config), data_sha256=images)
+    opened = opened_study(config, data_sha256=open_shards(config.data.shards).content_hash)
     for number in range(6):  # better than any real trial can be at the first rung
         opened.study.add_trial(
             create_trial(
@@ -203,4 +202,5 @@ def test_what_no_trial_could_run_with_is_refused_before_one_starts(
     config = searching(prepared, f"refused{abs(hash(message))}", **sections)
     with pytest.raises(kind, match=message):
         sweep(config)
-    assert not Path(RunFolder.of(config).file("trials")).exists()
+    # nothing is stored that the corrected command would have to agree with
+    assert list(Path(RunFolder.of(config).uri).glob("*")) == []
