@@ -1,0 +1,128 @@
+"""AWS's notice that a spot machine will be taken away, passed on to Ray.
+
+Runs beside Ray on each node: ``python -m pcd_ray.ray_spot_notice --address=HEAD:6379``. A training
+run then stores its step, and the loss counts as a preemption, not as a failure. Ray's launcher
+passes no notice on; on Kubernetes Ray itself drains the node of a pod that is told to go.
+
+Source: the instance metadata service, version 2, path ``spot/instance-action`` (EC2 User Guide).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import ray
+
+METADATA_URL = "http://169.254.169.254"
+"""Where an EC2 instance asks about itself."""
+LOOK_EVERY_S = 5.0
+"""As AWS advises; a notice comes two minutes ahead."""
+_TIMEOUT_S = 5.0
+_REASON = "DRAIN_NODE_REASON_PREEMPTION"
+
+
+def spot_notice(metadata_url: str = METADATA_URL) -> datetime | None:
+    """Return when this machine will be taken away; None: nothing is known of that.
+
+    Raises:
+        OSError: the metadata service does not answer, or refuses to.
+        ValueError: its answer is no notice.
+    """
+    token = _ask(f"{metadata_url}/latest/api/token", "PUT", "ttl-seconds", "60")
+    try:
+        text = _ask(f"{metadata_url}/latest/meta-data/spot/instance-action", "GET", "", token)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:  # no notice, as on a machine that is not a spot one
+            return None
+        raise
+    return datetime.fromisoformat(json.loads(text)["time"])
+
+
+def drain(address: str, taken: datetime, *, node_id: str = "") -> None:
+    """Tell Ray that a node will be taken away.
+
+    Args:
+        address: of the head, HOST:PORT.
+        taken: when.
+        node_id: of the node, in hexadecimal digits; empty: this machine's.
+
+    Raises:
+        subprocess.CalledProcessError: Ray does not take it, or the head does not answer.
+    """
+    left = max(0, round((taken - datetime.now(UTC)).total_seconds()))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
+    command += ["--node-id", node_id or _own_node(address), "--reason", _REASON]
+    command += ["--reason-message", "AWS will take this spot machine"]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(left)], check=True)
+
+
+def watch(
+    look: Callable[[], datetime | None],
+    tell: Callable[[datetime], None],
+    *,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Look for a notice until there is one and it is told; trouble is said and tried again.
+
+    Args:
+        look: as `spot_notice`.
+        tell: as `drain`.
+        wait: passes seconds.
+    """
+    trouble = ""
+    while True:
+        try:
+            taken = look()
+            if taken is not None:
+                tell(taken)
+                _say(f"told Ray that this machine will be taken away at {taken:%H:%M:%S} UTC")
+                return
+            trouble = ""
+        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+            if trouble != str(error):  # once: it may last for as long as the node does
+                _say(f"no notice can be passed on ({type(error).__name__}: {error}); trying again")
+            trouble = str(error)
+        wait(LOOK_EVERY_S)
+
+
+def main() -> None:
+    """Watch, as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--address", required=True, help="the head, HOST:PORT")
+    parser.add_argument("--node-id", default="", help="of which node; else this machine's")
+    parser.add_argument("--metadata-url", default=METADATA_URL, help="who gives the notice")
+    given = parser.parse_args()
+    watch(
+        lambda: spot_notice(given.metadata_url),
+        lambda taken: drain(given.address, taken, node_id=given.node_id),
+    )
+
+
+def _ask(url: str, method: str, header: str, value: str) -> str:
+    name = "-".join(filter(None, ["X-aws-ec2-metadata-token", header]))
+    request = urllib.request.Request(url, method=method, headers={name: value})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on no network
+    with direct.open(request, timeout=_TIMEOUT_S) as answer:
+        return str(answer.read().decode())
+
+
+def _own_node(address: str) -> str:
+    ray.init(address=address, log_to_driver=False)
+    try:
+        return str(ray.get_runtime_context().get_node_id())
+    finally:
+        ray.shutdown()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    main()
