@@ -34,6 +34,8 @@ class Node:
     gpus: float = 0.0
     labels: Labels = field(default_factory=dict)
     count: int = 1
+    is_head: bool = False
+    """No autoscaler has brought it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,22 @@ def fits(nodes: Sequence[Node], workers: Need, task: Need) -> bool:
 
 
 def with_autoscaled(now: Sequence[Node], kinds: Sequence[Node]) -> list[Node]:
-    """Return all nodes that there may be: those that the autoscaler has brought count once."""
+    """Return all nodes that there may be: those that the autoscaler has brought count once.
+
+    Args:
+        now: nodes that are there, one by one.
+        kinds: what the autoscaler may bring, and how many of each.
+    """
     kinds = [kind for kind in kinds if kind.count > 0]
-    return [node for node in now if not any(_is_of(node, kind) for kind in kinds)] + kinds
+    to_come = [kind.count for kind in kinds]
+    others = []
+    for node in now:
+        of = [place for place, kind in enumerate(kinds) if to_come[place] and _is_of(node, kind)]
+        if of:  # the kind with most labels, which fewer other nodes are of
+            to_come[max(of, key=lambda place: len(kinds[place].labels))] -= 1
+        else:
+            others.append(node)
+    return others + kinds
 
 
 def launchers_nodes(text: str) -> list[Node]:
@@ -137,6 +152,7 @@ def nodes_now() -> list[Node]:
             node["Resources"].get("CPU", 0.0),
             node["Resources"].get("GPU", 0.0),
             node.get("Labels") or {},
+            is_head=HEAD in node["Resources"],
         )
         for node in nodes
         if node["Alive"]
@@ -270,7 +286,7 @@ def _held(node: Node, need: Need) -> int:
 
 def _is_of(node: Node, kind: Node) -> bool:
     same = (node.cpus, node.gpus) == (kind.cpus, kind.gpus)
-    return same and kind.labels.items() <= node.labels.items()
+    return not node.is_head and same and kind.labels.items() <= node.labels.items()
 
 
 def _of_launcher() -> list[Node]:

@@ -1,15 +1,18 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from pcd_ray.config import config_from_values
 from pcd_ray.errors import ConfigError
 from pcd_ray.ray_nodes import (
+    HEAD,
     Need,
     Node,
     Standstill,
     fits,
     launchers_nodes,
+    nodes_now,
     room_for,
     with_autoscaled,
 )
@@ -45,6 +48,30 @@ def test_nodes_that_the_autoscaler_has_brought_count_once() -> None:
     assert with_autoscaled([head, brought, brought], kinds) == [head, *kinds]
     own = Node(16, 0, DATA)  # of another kind
     assert with_autoscaled([own, brought], kinds) == [own, *kinds]
+
+
+def test_no_node_that_is_there_is_lost_among_those_that_may_come() -> None:
+    kind = Node(32, 0, DATA, 2)
+    head = Node(32, 0, DATA, is_head=True)  # of the same shape
+    brought = Node(32, 0, DATA)
+    assert with_autoscaled([head, brought], [kind]) == [head, kind]
+    more = with_autoscaled([head, *[brought] * 5], [kind])  # more than it may bring
+    assert sum(node.count for node in more) == 6
+    # two kinds of one shape, as spot and on demand, and one that all of them are of besides
+    kinds = [Node(32, 0, {}, 1), kind, replace(kind, count=1)]
+    assert with_autoscaled([brought] * 3, kinds) == kinds
+    assert with_autoscaled([Node(32), *[brought] * 3], kinds) == kinds
+
+
+def test_the_head_is_known_by_its_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = {"CPU": 32.0, "node:10.0.0.1": 1.0}
+    told = [
+        {"Alive": True, "Resources": resources | {HEAD: 1.0}, "Labels": DATA},
+        {"Alive": True, "Resources": resources, "Labels": DATA},
+        {"Alive": False, "Resources": resources, "Labels": DATA},
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: told)
+    assert nodes_now() == [Node(32, 0, DATA, is_head=True), Node(32, 0, DATA)]
 
 
 def test_room_is_counted_node_by_node() -> None:
