@@ -5,6 +5,7 @@ its configuration on the head, or stated in ``run.autoscaled_nodes``.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,8 @@ class Cluster:
     now: Sequence[Node]
     most: Sequence[Node]
     """With all that the autoscaler may bring."""
+    limit: float = math.inf
+    """How many of ``most`` there may be at once beside the head: the launcher's total."""
     ours: bool = False
     """It was started here and ends with this process."""
 
@@ -80,18 +83,61 @@ def nodes_with(nodes: Sequence[Node], labels: Labels) -> list[Node]:
     return [node for node in nodes if labels.items() <= node.labels.items()]
 
 
-def room_for(nodes: Sequence[Node], need: Need) -> int:
-    """Return how many of these processes the nodes hold when they hold nothing else."""
-    return sum(_held(node, need) * node.count for node in nodes_with(nodes, need.labels))
+def largest(
+    nodes: Sequence[Node], size: Callable[[Node], float], limit: float = math.inf
+) -> list[Node]:
+    """Return the nodes that have most of something, ``limit`` at most and the head besides."""
+    found = []
+    for node in sorted(nodes, key=size, reverse=True):
+        count = node.count if node.is_head else int(min(node.count, limit))
+        limit -= 0 if node.is_head else count
+        found.append(replace(node, count=count))
+    return [node for node in found if node.count]
 
 
-def fits(nodes: Sequence[Node], workers: Need, task: Need) -> bool:
-    """Say whether nodes hold all workers and, beside them, one task of Ray Data."""
+def cpus_of(nodes: Sequence[Node], limit: float = math.inf) -> float:
+    """Return how many CPUs the nodes have, of which there may be ``limit`` at once."""
+    there = largest(nodes, lambda node: node.cpus, limit)
+    return sum(node.cpus * node.count for node in there)
+
+
+def gpus_of(nodes: Sequence[Node], limit: float = math.inf) -> int:
+    """Return how many whole GPUs the nodes have, of which there may be ``limit`` at once."""
+    there = largest(nodes, lambda node: node.gpus, limit)
+    return sum(int(node.gpus) * node.count for node in there)
+
+
+def room_for(nodes: Sequence[Node], need: Need, limit: float = math.inf) -> int:
+    """Return how many of these processes the nodes hold when they hold nothing else.
+
+    Args:
+        nodes: of which there may be ``limit`` at once beside the head.
+        need: what each process reserves.
+        limit: as `Cluster.limit`.
+    """
+
+    def held(node: Node) -> int:
+        return _held(node, need)
+
+    there = largest(nodes_with(nodes, need.labels), held, limit)
+    return sum(held(node) * node.count for node in there)
+
+
+def fits(nodes: Sequence[Node], workers: Need, task: Need, limit: float = math.inf) -> bool:
+    """Say whether nodes hold all workers and, beside them, one task of Ray Data.
+
+    Args:
+        nodes: of which there may be ``limit`` at once beside the head.
+        workers: processes that run at the same time.
+        task: that runs beside them.
+        limit: as `Cluster.limit`.
+    """
     for place, node in enumerate(nodes):
-        if room_for([node], task):
+        left = limit if node.is_head else limit - 1
+        if left >= 0 and room_for([node], task):
             rest = replace(node, cpus=node.cpus - task.cpus, count=1)
             others = [*nodes[:place], replace(node, count=node.count - 1), *nodes[place + 1 :]]
-            if room_for([rest, *others], workers) >= workers.count:
+            if room_for([rest], workers) + room_for(others, workers, left) >= workers.count:
                 return True
     return False
 
@@ -115,10 +161,11 @@ def with_autoscaled(now: Sequence[Node], kinds: Sequence[Node]) -> list[Node]:
     return others + kinds
 
 
-def launchers_nodes(text: str) -> list[Node]:
-    """Return the kinds of nodes that a configuration of the cluster launcher may bring, and how
-    many of each; kinds whose resources it does not say are left out.
-    """  # noqa: D205 - one sentence
+def launchers_nodes(text: str) -> tuple[list[Node], int]:
+    """Return the kinds of nodes that a configuration of the cluster launcher may bring.
+
+    How many of each, and how many of all; kinds whose resources it does not say are left out.
+    """
     config: dict[str, Any] = json.loads(text)
     limit = config.get("max_workers", 2)  # the launcher's own default
     found = []
@@ -129,7 +176,7 @@ def launchers_nodes(text: str) -> list[Node]:
         if count > 0 and (resources.get("CPU") or resources.get("GPU")):
             cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
             found.append(Node(cpus, gpus, kind.get("labels") or {}, count))
-    return found
+    return found, limit
 
 
 def cluster_nodes(stated: Sequence[Node], *, ours: bool) -> Cluster:
@@ -140,8 +187,11 @@ def cluster_nodes(stated: Sequence[Node], *, ours: bool) -> Cluster:
         ours: the cluster was started here, so that nothing brings nodes.
     """
     now = nodes_now()
-    kinds = list(stated) or ([] if ours else _of_launcher())
-    return Cluster(now, with_autoscaled(now, kinds) if kinds else now, ours)
+    kinds, limit = list(stated), math.inf
+    if not kinds and not ours:
+        kinds, limit = _of_launcher()
+    limit = max(limit, sum(not node.is_head for node in now))
+    return Cluster(now, with_autoscaled(now, kinds) if kinds else now, limit, ours)
 
 
 def nodes_now() -> list[Node]:
@@ -289,14 +339,14 @@ def _is_of(node: Node, kind: Node) -> bool:
     return not node.is_head and same and kind.labels.items() <= node.labels.items()
 
 
-def _of_launcher() -> list[Node]:
-    """Return what the cluster launcher says, if this process is on the head that it started."""
+def _of_launcher() -> tuple[list[Node], float]:
+    """Return `launchers_nodes` if this process is on the head that the launcher started."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     here = ray.get_runtime_context().get_node_id()
     on_head = any(node["NodeID"] == here and HEAD in node["Resources"] for node in nodes)
     place = Path(_LAUNCHERS_FILE).expanduser()
     if not on_head or not place.is_file():
-        return []
+        return [], math.inf
     try:
         return launchers_nodes(place.read_text())
     except (AttributeError, TypeError, ValueError) as error:

@@ -22,7 +22,7 @@ from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
 from pcd_ray.ray_cluster import check_outlives_job
 from pcd_ray.ray_fit import stopped_in_order
-from pcd_ray.ray_nodes import HEAD, Cluster, Node, nodes_with
+from pcd_ray.ray_nodes import HEAD, Cluster, Node, cpus_of, gpus_of, nodes_with
 from pcd_ray.ray_placement import asked_of, cluster_of
 from pcd_ray.ray_shares import cpus_beside_others
 from pcd_ray.train.ray_launch import dry_run, with_absolute_places
@@ -142,11 +142,11 @@ def trials_at_a_time(config: Config, have: Cluster, *, device: str) -> int:
     nodes = nodes_with(have.most, config.train.node_labels)
     workers, asked = config.train.max_workers, config.tune.max_concurrent
     per_worker = config.train.cpus_per_worker
-    cpus = sum(node.cpus * node.count for node in nodes)
+    cpus = cpus_of(nodes, have.limit)
     shared = nodes_with(nodes, config.data.node_labels)
     per_task = config.data.cpus_per_task if shared else 0.0
     if device == "cuda":
-        gpus = sum(int(node.gpus) * node.count for node in nodes)
+        gpus = gpus_of(nodes, have.limit)
         fitting = max(1, gpus // workers)
         if per_trial := workers * per_worker + per_task:
             fitting = max(1, min(fitting, int(cpus // per_trial)))
@@ -183,7 +183,7 @@ def places_of(
     if many > 1 and not config.train.threads_per_worker:
         nodes = [node for node in nodes_with(have.most, config.train.node_labels) if node.cpus]
         cores = min((node.cpus for node in nodes), default=1.0)
-        count = max(1, sum(node.count for node in nodes))
+        count = max(1, min(have.limit, sum(node.count for node in nodes)))
         share = cores / -(-many * config.train.max_workers // count)
         places["train.threads_per_worker"] = max(1, int(share))
     if many > 1 and not config.train.cpus_per_worker:

@@ -10,7 +10,9 @@ from pcd_ray.ray_nodes import (
     Need,
     Node,
     Standstill,
+    cpus_of,
     fits,
+    gpus_of,
     launchers_nodes,
     nodes_now,
     room_for,
@@ -33,12 +35,28 @@ LAUNCHERS = {
 
 
 def test_the_launchers_file_says_what_may_come() -> None:
-    assert launchers_nodes(json.dumps(LAUNCHERS)) == [
+    kinds, limit = launchers_nodes(json.dumps(LAUNCHERS))
+    assert kinds == [
         Node(32, 0, DATA, 5),  # no more than max_workers of all
         Node(48, 4, TRAIN, 2),
         Node(1, 0, {}, 5),
     ]
-    assert launchers_nodes("{}") == []
+    assert limit == 5
+    assert launchers_nodes("{}") == ([], 2)
+
+
+def test_the_launchers_total_holds_for_all_kinds_together() -> None:
+    workers, task = (
+        Need("workers", 8, cpus=1, gpus=1, labels=TRAIN),
+        Need("data task", 1, 1, 0, DATA),
+    )
+    most = [Node(0, is_head=True), Node(32, 0, DATA, 5), Node(48, 4, TRAIN, 2)]
+    assert fits(most, workers, task, 3)
+    assert not fits(most, workers, task, 2)
+    assert fits([Node(2, 0, DATA, is_head=True), *most[1:]], workers, task, 2)  # it counts not
+    assert room_for([Node(48, 1, TRAIN, 9), Node(48, 4, TRAIN, 2)], workers, 3) == 9
+    assert cpus_of(most, 3) == 2 * 48 + 32
+    assert gpus_of(most, 1) == 4
 
 
 def test_nodes_that_the_autoscaler_has_brought_count_once() -> None:
