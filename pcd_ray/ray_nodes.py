@@ -251,9 +251,10 @@ def wait_for_nodes(
 
 @dataclass(slots=True)
 class Standstill:
-    """What workers wait for that are not there, as after a loss, which nobody may wait out.
+    """What workers wait for, at the start and after a loss, which nobody may wait out.
 
-    Ray Train asks the autoscaler for their nodes for as long as it takes, without a word.
+    Ray Train waits for as long as it takes, without a word: for nodes that are not there, and for
+    room on those that are there and busy.
     """
 
     need: Need
@@ -271,8 +272,17 @@ class Standstill:
         """Note that they are there."""
         self._since_s = None
 
-    def line(self, nodes: Callable[[], Sequence[Node]] = nodes_now) -> str:
-        """Return what is missing, now and then; empty: nothing, or it was said a moment ago."""
+    def line(
+        self,
+        nodes: Callable[[], Sequence[Node]] = nodes_now,
+        busy: Callable[[Need], str] | None = None,
+    ) -> str:
+        """Return what is missing, now and then; empty: nothing, or it was said a moment ago.
+
+        Args:
+            nodes: those that are there.
+            busy: as `busy_line`, which it is if it is not given.
+        """
         if self._since_s is None:
             return ""
         waited = self.clock() - self._since_s
@@ -280,8 +290,37 @@ class Standstill:
             return ""
         self._said += 1
         there = nodes()
-        missing = room_for(there, self.need) < self.need.count
-        return _waiting_line([self.need], there, waited) if missing else ""
+        if room_for(there, self.need) < self.need.count:
+            return _waiting_line([self.need], there, waited)
+        line = (busy or busy_line)(self.need)
+        return f"{line}; {waited:.0f} s" if line else ""
+
+
+def busy_line(need: Need) -> str:
+    """Return who waits for room on nodes that are there, and what is free; empty: nobody does.
+
+    Workers that have got their room, and start, wait for nothing, though nothing may be left free.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    bundle = _bundle(need)
+    groups = ray.util.placement_group_table().values()
+    states = {
+        group["state"]
+        for group in groups
+        if group["placement_group_id"].endswith(job)
+        and any(_alike(each, bundle) for each in group["bundles"].values())
+    }
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    wanted = {name: amount * need.count for name, amount in bundle.items() if name != "memory"}
+    lacks = any(free.get(name, 0.0) + _SLACK < amount for name, amount in wanted.items())
+    if "CREATED" in states or not (lacks or states & {"PENDING", "RESCHEDULING"}):
+        return ""
+    parts = [f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s" for name in wanted]
+    return (
+        f"the nodes are there but busy: {need} ask for room, free on all nodes are "
+        f"{' and '.join(parts)}"
+    )
 
 
 def _wait(
@@ -326,6 +365,12 @@ def _said_at(number: int) -> float:
 def _bundle(need: Need) -> dict[str, float]:
     wanted = {"CPU": need.cpus, "GPU": need.gpus}
     return {name: amount for name, amount in wanted.items() if amount} or {"memory": 1}
+
+
+def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return one.keys() == other.keys() and all(
+        math.isclose(one[name], other[name], abs_tol=1e-3) for name in one
+    )
 
 
 def _held(node: Node, need: Need) -> int:

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from pcd_ray.ray_nodes import (
     Need,
     Node,
     Standstill,
+    busy_line,
     cpus_of,
     fits,
     gpus_of,
@@ -20,6 +22,7 @@ from pcd_ray.ray_nodes import (
 )
 
 DATA, TRAIN = {"pool": "data"}, {"pool": "train"}
+OWN = "01000000"  # a job
 LAUNCHERS = {
     "max_workers": 5,
     "head_node_type": "head",
@@ -111,11 +114,11 @@ def test_a_loss_is_waited_out_with_a_line_now_and_then_while_nodes_are_missing()
     standstill = Standstill(Need("workers", 2, 4, 1, TRAIN), clock=lambda: now[0])
     one, two = [Node(8, 1, TRAIN)], [Node(8, 1, TRAIN, 2)]
 
-    def said(nodes: list[Node], *, seconds: int) -> list[str]:
+    def said(nodes: list[Node], *, seconds: int, busy: str = "") -> list[str]:
         lines = []
         for _ in range(seconds):
             now[0] += 1
-            lines += filter(None, [standstill.line(lambda: nodes)])
+            lines += filter(None, [standstill.line(lambda: nodes, lambda _: busy)])
         return lines
 
     assert said(one, seconds=60) == []  # nothing is lost
@@ -125,9 +128,40 @@ def test_a_loss_is_waited_out_with_a_line_now_and_then_while_nodes_are_missing()
     assert "room for 1 of 2 workers of 1 GPU and 4 CPUs on nodes with pool=train" in first[0]
     standstill.begin()  # told again
     assert said(two, seconds=60) == []  # they are there, and start
+    assert [line.rpartition("; ")[0] for line in said(two, seconds=60, busy="busy")] == ["busy"]
     assert len(said(one, seconds=60)) == 1
     standstill.end()
     assert said(one, seconds=60) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "free", "waits"),
+    [
+        ("PENDING", "01000000", 4.0, True),  # free, but not in one place
+        ("PENDING", "02000000", 4.0, False),  # another run's
+        ("CREATED", "01000000", 0.0, False),  # they have it, and start
+        ("CREATED", "02000000", 0.0, True),
+        ("REMOVED", "01000000", 0.0, True),
+    ],
+)
+def test_workers_wait_for_room_until_they_have_it(
+    state: str, job: str, free: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = {
+        "placement_group_id": f"afa773c2{job}",
+        "state": state,
+        "bundles": {0: {"CPU": 1.0, "GPU": 1.0}},
+    }
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: OWN))
+    monkeypatch.setattr("ray.util.placement_group_table", lambda: {"a": group})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 64.0, "GPU": free})
+    line = busy_line(Need("workers", 2, 1, 1, TRAIN))
+    told = (
+        "the nodes are there but busy: 2 workers of 1 GPU and 1 CPUs on nodes with pool=train ask "
+        f"for room, free on all nodes are 64 of 64 CPUs and {free:g} of 8 GPUs"
+    )
+    assert line == (told if waits else "")
 
 
 def test_labels_are_plain_names_and_values() -> None:
