@@ -26,6 +26,8 @@ _HOPELESS = re.compile(
     r"|HTTP status (?:3\d\d|4(?!08|25|29)\d\d)"
 )
 """What S3's and Google's clients say of requests that will never be granted."""
+_NAME = re.compile(r"""(?<!\w)'.*?'(?!\w)|(?<!\w)".*?"(?!\w)|\w+://\S+""")
+"""A bucket, a key or a URI in what they say; an apostrophe inside a word quotes nothing."""
 
 
 def may_pass(error: Exception, *, remote: bool) -> bool:
@@ -34,7 +36,7 @@ def may_pass(error: Exception, *, remote: bool) -> bool:
         return False  # a bad URI: pyarrow's ArrowInvalid, a ValueError
     if error.errno is not None:  # absent, a folder, no permission, no space
         return error.errno in _PASSING
-    return remote and _HOPELESS.search(str(error)) is None
+    return remote and _HOPELESS.search(_NAME.sub("", str(error))) is None
 
 
 def patiently(what: str, operation: Callable[[], _Result], *, remote: bool) -> _Result:

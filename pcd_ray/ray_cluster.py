@@ -16,6 +16,7 @@ import ray.util
 from pcd_ray.errors import ClusterError, PcdError
 from pcd_ray.ray_nodes import Cluster, Node, cluster_nodes
 from pcd_ray.ray_shares import WorkerShare
+from pcd_ray.uris import without_secrets
 
 _OBJECT_STORE_SHARE = 0.2  # of this machine's memory, when we start Ray ourselves
 PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -38,9 +39,10 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
     alone = address == "local"
     if not ray.is_initialized():
         if address.startswith(("http://", "https://")):
+            shown = _shown(address)
             raise ClusterError(
-                f"RAY_ADDRESS={address!r} is a dashboard's: it takes jobs (ray job submit "
-                f"--address {address} --working-dir . -- python jobs/train.py ...); unset "
+                f"RAY_ADDRESS={shown!r} is a dashboard's: it takes jobs (ray job submit "
+                f"--address {shown} --working-dir . -- python jobs/train.py ...); unset "
                 "RAY_ADDRESS to run on this machine"
             )
         if alone:
@@ -55,17 +57,30 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
                 object_store_memory=_object_store_bytes() if alone else None,
             )
         except Exception as error:  # Ray's own kinds, and bare ones when it starts too slowly
-            if alone:
-                raise ClusterError(
-                    f"Ray cannot be started on this machine ({error}); it may be too busy or short "
-                    "of memory or disk: free some and try again"
-                ) from error
-            raise ClusterError(
-                f"the Ray cluster at RAY_ADDRESS={address!r} does not answer ({error}); check the "
-                "address, export RAY_AUTH_MODE=token if it asks for one (~/.ray/auth_token must "
-                "hold the cluster's), or unset RAY_ADDRESS"
-            ) from error
+            raise _no_cluster(address, error) from error
     return cluster_nodes(autoscaled, ours=alone)
+
+
+def _no_cluster(address: str, error: Exception) -> ClusterError:
+    """Say why there is no cluster; a password in its address is not repeated."""
+    if address == "local":
+        return ClusterError(
+            f"Ray cannot be started on this machine ({error}); it may be too busy or short of "
+            "memory or disk: free some and try again"
+        )
+    shown = _shown(address)
+    why = error if shown == address else type(error).__name__  # its words may hold the address
+    return ClusterError(
+        f"the Ray cluster at RAY_ADDRESS={shown!r} does not answer ({why}); check the address, "
+        "export RAY_AUTH_MODE=token if it asks for one (~/.ray/auth_token must hold the "
+        "cluster's), or unset RAY_ADDRESS"
+    )
+
+
+def _shown(address: str) -> str:
+    if "://" in address:
+        return without_secrets(address)
+    return without_secrets(f"ray://{address}").removeprefix("ray://")
 
 
 def check_outlives_job(option: str, uri: str) -> None:

@@ -78,6 +78,7 @@ def fit(  # noqa: PLR0913 - what to run, and where
     waits = _environment(_START_TIMEOUT, str(settings.start_timeout_s))
     least = num_workers if isinstance(num_workers, int) else min(num_workers)
     standstill = Standstill(Need("workers", least, share.cpus, share.gpus, share.labels))
+    standstill.begin()
     try:
         with _listening(mailbox, on_event, standstill), waits, stopped_in_order():
             trainer.fit()

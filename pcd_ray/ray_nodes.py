@@ -5,6 +5,7 @@ its configuration on the head, or stated in ``run.autoscaled_nodes``.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ class Node:
     gpus: float = 0.0
     labels: Labels = field(default_factory=dict)
     count: int = 1
+    is_head: bool = False
+    """No autoscaler has brought it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Cluster:
     now: Sequence[Node]
     most: Sequence[Node]
     """With all that the autoscaler may bring."""
+    limit: float = math.inf
+    """How many of ``most`` there may be at once beside the head: the launcher's total."""
     ours: bool = False
     """It was started here and ends with this process."""
 
@@ -78,32 +83,89 @@ def nodes_with(nodes: Sequence[Node], labels: Labels) -> list[Node]:
     return [node for node in nodes if labels.items() <= node.labels.items()]
 
 
-def room_for(nodes: Sequence[Node], need: Need) -> int:
-    """Return how many of these processes the nodes hold when they hold nothing else."""
-    return sum(_held(node, need) * node.count for node in nodes_with(nodes, need.labels))
+def largest(
+    nodes: Sequence[Node], size: Callable[[Node], float], limit: float = math.inf
+) -> list[Node]:
+    """Return the nodes that have most of something, ``limit`` at most and the head besides."""
+    found = []
+    for node in sorted(nodes, key=size, reverse=True):
+        count = node.count if node.is_head else int(min(node.count, limit))
+        limit -= 0 if node.is_head else count
+        found.append(replace(node, count=count))
+    return [node for node in found if node.count]
 
 
-def fits(nodes: Sequence[Node], workers: Need, task: Need) -> bool:
-    """Say whether nodes hold all workers and, beside them, one task of Ray Data."""
+def cpus_of(nodes: Sequence[Node], limit: float = math.inf) -> float:
+    """Return how many CPUs the nodes have, of which there may be ``limit`` at once."""
+    there = largest(nodes, lambda node: node.cpus, limit)
+    return sum(node.cpus * node.count for node in there)
+
+
+def gpus_of(nodes: Sequence[Node], limit: float = math.inf) -> int:
+    """Return how many whole GPUs the nodes have, of which there may be ``limit`` at once."""
+    there = largest(nodes, lambda node: node.gpus, limit)
+    return sum(int(node.gpus) * node.count for node in there)
+
+
+def room_for(nodes: Sequence[Node], need: Need, limit: float = math.inf) -> int:
+    """Return how many of these processes the nodes hold when they hold nothing else.
+
+    Args:
+        nodes: of which there may be ``limit`` at once beside the head.
+        need: what each process reserves.
+        limit: as `Cluster.limit`.
+    """
+
+    def held(node: Node) -> int:
+        return _held(node, need)
+
+    there = largest(nodes_with(nodes, need.labels), held, limit)
+    return sum(held(node) * node.count for node in there)
+
+
+def fits(nodes: Sequence[Node], workers: Need, task: Need, limit: float = math.inf) -> bool:
+    """Say whether nodes hold all workers and, beside them, one task of Ray Data.
+
+    Args:
+        nodes: of which there may be ``limit`` at once beside the head.
+        workers: processes that run at the same time.
+        task: that runs beside them.
+        limit: as `Cluster.limit`.
+    """
     for place, node in enumerate(nodes):
-        if room_for([node], task):
+        left = limit if node.is_head else limit - 1
+        if left >= 0 and room_for([node], task):
             rest = replace(node, cpus=node.cpus - task.cpus, count=1)
             others = [*nodes[:place], replace(node, count=node.count - 1), *nodes[place + 1 :]]
-            if room_for([rest, *others], workers) >= workers.count:
+            if room_for([rest], workers) + room_for(others, workers, left) >= workers.count:
                 return True
     return False
 
 
 def with_autoscaled(now: Sequence[Node], kinds: Sequence[Node]) -> list[Node]:
-    """Return all nodes that there may be: those that the autoscaler has brought count once."""
+    """Return all nodes that there may be: those that the autoscaler has brought count once.
+
+    Args:
+        now: nodes that are there, one by one.
+        kinds: what the autoscaler may bring, and how many of each.
+    """
     kinds = [kind for kind in kinds if kind.count > 0]
-    return [node for node in now if not any(_is_of(node, kind) for kind in kinds)] + kinds
+    to_come = [kind.count for kind in kinds]
+    others = []
+    for node in now:
+        of = [place for place, kind in enumerate(kinds) if to_come[place] and _is_of(node, kind)]
+        if of:  # the kind with most labels, which fewer other nodes are of
+            to_come[max(of, key=lambda place: len(kinds[place].labels))] -= 1
+        else:
+            others.append(node)
+    return others + kinds
 
 
-def launchers_nodes(text: str) -> list[Node]:
-    """Return the kinds of nodes that a configuration of the cluster launcher may bring, and how
-    many of each; kinds whose resources it does not say are left out.
-    """  # noqa: D205 - one sentence
+def launchers_nodes(text: str) -> tuple[list[Node], int]:
+    """Return the kinds of nodes that a configuration of the cluster launcher may bring.
+
+    How many of each, and how many of all; kinds whose resources it does not say are left out.
+    """
     config: dict[str, Any] = json.loads(text)
     limit = config.get("max_workers", 2)  # the launcher's own default
     found = []
@@ -114,7 +176,7 @@ def launchers_nodes(text: str) -> list[Node]:
         if count > 0 and (resources.get("CPU") or resources.get("GPU")):
             cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
             found.append(Node(cpus, gpus, kind.get("labels") or {}, count))
-    return found
+    return found, limit
 
 
 def cluster_nodes(stated: Sequence[Node], *, ours: bool) -> Cluster:
@@ -125,8 +187,11 @@ def cluster_nodes(stated: Sequence[Node], *, ours: bool) -> Cluster:
         ours: the cluster was started here, so that nothing brings nodes.
     """
     now = nodes_now()
-    kinds = list(stated) or ([] if ours else _of_launcher())
-    return Cluster(now, with_autoscaled(now, kinds) if kinds else now, ours)
+    kinds, limit = list(stated), math.inf
+    if not kinds and not ours:
+        kinds, limit = _of_launcher()
+    limit = max(limit, sum(not node.is_head for node in now))
+    return Cluster(now, with_autoscaled(now, kinds) if kinds else now, limit, ours)
 
 
 def nodes_now() -> list[Node]:
@@ -137,6 +202,7 @@ def nodes_now() -> list[Node]:
             node["Resources"].get("CPU", 0.0),
             node["Resources"].get("GPU", 0.0),
             node.get("Labels") or {},
+            is_head=HEAD in node["Resources"],
         )
         for node in nodes
         if node["Alive"]
@@ -185,9 +251,10 @@ def wait_for_nodes(
 
 @dataclass(slots=True)
 class Standstill:
-    """What workers wait for that are not there, as after a loss, which nobody may wait out.
+    """What workers wait for, at the start and after a loss, which nobody may wait out.
 
-    Ray Train asks the autoscaler for their nodes for as long as it takes, without a word.
+    Ray Train waits for as long as it takes, without a word: for nodes that are not there, and for
+    room on those that are there and busy.
     """
 
     need: Need
@@ -205,8 +272,17 @@ class Standstill:
         """Note that they are there."""
         self._since_s = None
 
-    def line(self, nodes: Callable[[], Sequence[Node]] = nodes_now) -> str:
-        """Return what is missing, now and then; empty: nothing, or it was said a moment ago."""
+    def line(
+        self,
+        nodes: Callable[[], Sequence[Node]] = nodes_now,
+        busy: Callable[[Need], str] | None = None,
+    ) -> str:
+        """Return what is missing, now and then; empty: nothing, or it was said a moment ago.
+
+        Args:
+            nodes: those that are there.
+            busy: as `busy_line`, which it is if it is not given.
+        """
         if self._since_s is None:
             return ""
         waited = self.clock() - self._since_s
@@ -214,8 +290,37 @@ class Standstill:
             return ""
         self._said += 1
         there = nodes()
-        missing = room_for(there, self.need) < self.need.count
-        return _waiting_line([self.need], there, waited) if missing else ""
+        if room_for(there, self.need) < self.need.count:
+            return _waiting_line([self.need], there, waited)
+        line = (busy or busy_line)(self.need)
+        return f"{line}; {waited:.0f} s" if line else ""
+
+
+def busy_line(need: Need) -> str:
+    """Return who waits for room on nodes that are there, and what is free; empty: nobody does.
+
+    Workers that have got their room, and start, wait for nothing, though nothing may be left free.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    bundle = _bundle(need)
+    groups = ray.util.placement_group_table().values()
+    states = {
+        group["state"]
+        for group in groups
+        if group["placement_group_id"].endswith(job)
+        and any(_alike(each, bundle) for each in group["bundles"].values())
+    }
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    wanted = {name: amount * need.count for name, amount in bundle.items() if name != "memory"}
+    lacks = any(free.get(name, 0.0) + _SLACK < amount for name, amount in wanted.items())
+    if "CREATED" in states or not (lacks or states & {"PENDING", "RESCHEDULING"}):
+        return ""
+    parts = [f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s" for name in wanted]
+    return (
+        f"the nodes are there but busy: {need} ask for room, free on all nodes are "
+        f"{' and '.join(parts)}"
+    )
 
 
 def _wait(
@@ -262,6 +367,12 @@ def _bundle(need: Need) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount} or {"memory": 1}
 
 
+def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return one.keys() == other.keys() and all(
+        math.isclose(one[name], other[name], abs_tol=1e-3) for name in one
+    )
+
+
 def _held(node: Node, need: Need) -> int:
     """Return how many of these processes one node holds."""
     pairs = ((node.cpus, need.cpus), (node.gpus, need.gpus))
@@ -270,17 +381,17 @@ def _held(node: Node, need: Need) -> int:
 
 def _is_of(node: Node, kind: Node) -> bool:
     same = (node.cpus, node.gpus) == (kind.cpus, kind.gpus)
-    return same and kind.labels.items() <= node.labels.items()
+    return not node.is_head and same and kind.labels.items() <= node.labels.items()
 
 
-def _of_launcher() -> list[Node]:
-    """Return what the cluster launcher says, if this process is on the head that it started."""
+def _of_launcher() -> tuple[list[Node], float]:
+    """Return `launchers_nodes` if this process is on the head that the launcher started."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     here = ray.get_runtime_context().get_node_id()
     on_head = any(node["NodeID"] == here and HEAD in node["Resources"] for node in nodes)
     place = Path(_LAUNCHERS_FILE).expanduser()
     if not on_head or not place.is_file():
-        return []
+        return [], math.inf
     try:
         return launchers_nodes(place.read_text())
     except (AttributeError, TypeError, ValueError) as error:

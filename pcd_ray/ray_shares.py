@@ -8,7 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pcd_ray.errors import ClusterError
-from pcd_ray.ray_nodes import Cluster, Labels, Need, Node, fits, nodes_with, on_nodes, room_for
+from pcd_ray.ray_nodes import (
+    Cluster,
+    Labels,
+    Need,
+    Node,
+    cpus_of,
+    fits,
+    gpus_of,
+    largest,
+    nodes_with,
+    on_nodes,
+    room_for,
+)
 
 _SMALL_CPUS = 4  # up to this many on a single machine, workers reserve none of them
 _CPUS_PER_ACTOR = 4  # of a pool that computes on CPUs; more threads scale badly
@@ -88,12 +100,13 @@ def share_for_workers(have: Cluster, asked: Asked) -> WorkerShare:
     if device == "cuda":  # Ray fills a node before it takes another
         per_node = min(count, min(int(node.gpus) for node in usable))
     else:
-        per_node = -(-count // max(1, sum(node.count for node in usable)))
+        together = largest(usable, lambda node: node.cpus, have.limit)
+        per_node = -(-count // max(1, sum(node.count for node in together)))
     cpus = asked.cpus_per_worker or _cpus_per_worker(have, asked, usable, device, per_node)
     threads = asked.threads_per_worker or max(1, int(cores) // per_node)
     share = WorkerShare(device, cpus, threads, asked.worker_labels)
     workers, task = needs_of(share, asked, count=least)
-    if not fits(have.most, workers, task):
+    if not fits(have.most, workers, task, have.limit):
         raise ClusterError(
             f"train.num_workers={least} x {cpus:g} CPUs{on_nodes(workers.labels)} and one data "
             f"task of data.cpus_per_task={task.cpus:g}{on_nodes(task.labels)} need "
@@ -137,7 +150,7 @@ def cpus_beside_others(have: Cluster, asked: Asked, *, groups: int) -> float:
         groups: how many there are.
     """
     there = nodes_with(have.most, asked.worker_labels)
-    cpus = sum(node.cpus * node.count for node in there) / groups
+    cpus = cpus_of(there, have.limit) / groups
     if asked.device == "cpu" and _is_small(have):
         return 0.0
     if nodes_with(there, asked.data_labels):
@@ -161,7 +174,7 @@ def check_data_task(have: Cluster, asked: Asked) -> Need:
         ClusterError: no node can ever hold it.
     """
     nobody, task = needs_of(WorkerShare("cpu", 0.0, 1), asked, count=0)
-    if not fits(have.most, nobody, task):
+    if not fits(have.most, nobody, task, have.limit):
         raise ClusterError(
             f"one data task of data.cpus_per_task={task.cpus:g}{on_nodes(task.labels)} fits on no "
             f"node, {_nodes_of(have)}; lower data.cpus_per_task or give other data.node_labels"
@@ -206,7 +219,7 @@ def _counts(have: Cluster, asked: Asked, usable: Sequence[Node], device: str) ->
     least = asked.least
     where = on_nodes(asked.worker_labels)
     if device == "cuda":
-        room = sum(int(node.gpus) * node.count for node in usable)
+        room = gpus_of(usable, have.limit)
         if room < least:
             raise ClusterError(
                 f"train.num_workers={least} with train.device=cuda need {least} GPUs{where}, the "
@@ -215,7 +228,7 @@ def _counts(have: Cluster, asked: Asked, usable: Sequence[Node], device: str) ->
                 + _hint(have)
             )
     else:
-        room = int(sum(node.cpus * node.count for node in usable))
+        room = int(cpus_of(usable, have.limit))
         if room < least and not asked.cpus_per_worker:
             raise ClusterError(
                 f"train.num_workers={least} on CPUs need one each{where}, the cluster has {room}; "
@@ -264,9 +277,11 @@ def _nodes_of(have: Cluster) -> str:
         + on_nodes(_own(node.labels)).replace(" on nodes", "")
         for node in have.most
     ]
-    counted = f"the cluster has {sum(node.cpus * node.count for node in have.most):g}"
+    counted = f"the cluster has {cpus_of(have.most, have.limit):g}"
     now = "" if have.most == have.now else f" at most, {len(have.now)} nodes of it now"
-    return f"{counted}{now} (nodes: {', '.join(kinds)})"
+    beside = sum(node.count for node in have.most if not node.is_head)
+    limit = f"; max_workers: {have.limit:g} of them at once" if have.limit < beside else ""
+    return f"{counted}{now} (nodes: {', '.join(kinds)}{limit})"
 
 
 def _own(labels: Labels) -> Labels:

@@ -85,14 +85,8 @@ def refuse_secrets(uri: str) -> None:
     Raises:
         SecretInUriError: it has a user, a password, or a query parameter that names a secret.
     """
-    if not is_remote(uri):
-        return
-    base, query = split_query(uri)
-    if _names_account(uri):
-        shown = f"{base.partition('://')[0]}://***"  # where the secret ends is not known
-    elif _names_secret(query):
-        shown = base
-    else:
+    shown = without_secrets(uri)
+    if shown == uri:
         return
     raise SecretInUriError(
         f"a URI of {shown} carries a key, a password or a token, which would be written to "
@@ -100,6 +94,16 @@ def refuse_secrets(uri: str) -> None:
         "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "GOOGLE_APPLICATION_CREDENTIALS) or by the machine's role"
     )
+
+
+def without_secrets(uri: str) -> str:
+    """Return a URI as it may be shown: without an account, or a query that holds a secret."""
+    if not is_remote(uri):
+        return uri
+    base, query = split_query(uri)
+    if _names_account(uri):
+        return f"{base.partition('://')[0]}://***"  # where the secret ends is not known
+    return base if _names_secret(query) else uri
 
 
 def _names_account(uri: str) -> bool:

@@ -90,6 +90,7 @@ def train(
                 log.say(f"note: {option}: {note}")
             wait_for_workers(config, found.share, say=log.say)
             build(config, found.shards, share=found.share, say=log.say)
+            wait_for_workers(config, found.share, say=log.say)  # idle ones have gone meanwhile
             _fit(config, folder, found.share, log, listener)
     finally:
         log.close()

@@ -22,7 +22,7 @@ from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
 from pcd_ray.ray_cluster import check_outlives_job
 from pcd_ray.ray_fit import stopped_in_order
-from pcd_ray.ray_nodes import HEAD, Cluster, nodes_with
+from pcd_ray.ray_nodes import HEAD, Cluster, Node, cpus_of, gpus_of, nodes_with
 from pcd_ray.ray_placement import asked_of, cluster_of
 from pcd_ray.ray_shares import cpus_beside_others
 from pcd_ray.train.ray_launch import dry_run, with_absolute_places
@@ -147,11 +147,11 @@ def trials_at_a_time(config: Config, have: Cluster, *, device: str) -> int:
     nodes = nodes_with(have.most, config.train.node_labels)
     workers, asked = config.train.max_workers, config.tune.max_concurrent
     per_worker = config.train.cpus_per_worker
-    cpus = sum(node.cpus * node.count for node in nodes)
+    cpus = cpus_of(nodes, have.limit)
     shared = nodes_with(nodes, config.data.node_labels)
     per_task = config.data.cpus_per_task if shared else 0.0
     if device == "cuda":
-        gpus = sum(int(node.gpus) * node.count for node in nodes)
+        gpus = gpus_of(nodes, have.limit)
         fitting = max(1, gpus // workers)
         if per_trial := workers * per_worker + per_task:
             fitting = max(1, min(fitting, int(cpus // per_trial)))
@@ -183,18 +183,25 @@ def places_of(
     for name, teacher in config.teachers.items():
         if teacher.cache.views and not teacher.cache.path:
             places[f"{name}.cache.path"] = usual_cache_path(config)
-    if brought := [asdict(node) for node in have.most if node not in have.now]:
+    if brought := [_stated(node) for node in have.most if node not in have.now]:
         places["run.autoscaled_nodes"] = brought  # trials cannot see the launcher's file
     if many > 1 and not config.train.threads_per_worker:
         nodes = [node for node in nodes_with(have.most, config.train.node_labels) if node.cpus]
         cores = min((node.cpus for node in nodes), default=1.0)
-        count = max(1, sum(node.count for node in nodes))
+        count = max(1, min(have.limit, sum(node.count for node in nodes)))
         share = cores / -(-many * config.train.max_workers // count)
         places["train.threads_per_worker"] = max(1, int(share))
     if many > 1 and not config.train.cpus_per_worker:
         asked = replace(asked_of(config), device=device)
         places["train.cpus_per_worker"] = cpus_beside_others(have, asked, groups=many)
     return places
+
+
+def _stated(node: Node) -> dict[str, Any]:
+    """Return nodes as ``run.autoscaled_nodes`` states them."""
+    values = asdict(node)
+    del values["is_head"]  # the autoscaler brings none
+    return values
 
 
 def cache_builder(config: Config, space: Space, *, many: int) -> Any:

@@ -282,6 +282,24 @@ def test_a_pool_is_as_large_as_the_nodes_that_are_there_and_one_where_none_are()
     assert share_for_pool(up, wanted, most=100)[0] == 4
 
 
+def test_more_nodes_than_the_launcher_brings_of_all_kinds_together_are_refused() -> None:
+    head = Node(0, is_head=True)
+    kinds = [Node(32, 0, DATA, count=4), Node(48, 4, TRAIN, count=4)]
+    have = Cluster([head], [head, *kinds], limit=4)
+    wanted = Asked(num_workers=12, device="auto", **POOLS)
+    assert share_for_workers(have, wanted).device == "cuda"  # three nodes, and one for data
+    with pytest.raises(ClusterError, match=r"with pool=train; max_workers: 4 of them at once\)"):
+        share_for_workers(have, replace(wanted, num_workers=13))
+    with pytest.raises(ClusterError, match=r"need 17 GPUs on nodes with pool=train, .* has 16"):
+        share_for_workers(have, replace(wanted, num_workers=17))
+    elastic = replace(wanted, num_workers=(2, 99))
+    assert share_for_workers(have, elastic).cpus == 1
+    # on CPUs, several workers share a node where there may be no more nodes
+    cpus = Cluster([head], [head, Node(32, 0, DATA, 4), Node(8, 0, TRAIN, 9)], limit=4)
+    wanted = Asked(num_workers=9, device="cpu", **POOLS)
+    assert share_for_workers(cpus, wanted).cpus == 2.625
+
+
 def test_a_pool_on_gpus_that_are_not_there_is_refused() -> None:
     with pytest.raises(ClusterError, match="need 1 GPUs, the cluster has 0"):
         share_for_pool(LAPTOP, Asked(device="cuda"), most=4)

@@ -55,6 +55,15 @@ def test_on_a_small_machine_trials_reserve_nothing(tmp_path: Path) -> None:
     assert places["train.cpus_per_worker"] == 0.0
 
 
+def test_trials_are_told_what_the_autoscaler_may_bring(tmp_path: Path) -> None:
+    config = tiny_config(run={"root": str(tmp_path)})
+    kind = Node(48, 4, {"pool": "train"}, 2)
+    have = Cluster([Node(0, is_head=True)], [Node(0, is_head=True), kind])
+    places = places_of(config, RunFolder.of(config), have, many=1, device="cuda")
+    (told,) = with_values(config, places).run.autoscaled_nodes
+    assert Node(told.cpus, told.gpus, told.labels, told.count) == kind
+
+
 def test_maps_lie_where_the_best_configuration_looks_for_them(tmp_path: Path) -> None:
     config = tiny_config(
         run={"root": str(tmp_path), "name": "s"},
