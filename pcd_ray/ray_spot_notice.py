@@ -47,6 +47,9 @@ def spot_notice(metadata_url: str = METADATA_URL) -> datetime | None:
 def drain(address: str, taken: datetime, *, node_id: str = "") -> None:
     """Tell Ray that a node will be taken away.
 
+    Ray Train starts its workers anew when their time is up, and the old ones must have ended before
+    the machine goes: it is told half of the time that is left.
+
     Args:
         address: of the head, HOST:PORT.
         taken: when.
@@ -55,11 +58,23 @@ def drain(address: str, taken: datetime, *, node_id: str = "") -> None:
     Raises:
         subprocess.CalledProcessError: Ray does not take it, or the head does not answer.
     """
-    left = max(0, round((taken - datetime.now(UTC)).total_seconds()))
+    left_s = max(0.0, (taken - datetime.now(UTC)).total_seconds())
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
-    command += ["--node-id", node_id or _own_node(address), "--reason", _REASON]
+    command += ["--node-id", node_id or own_node(address), "--reason", _REASON]
     command += ["--reason-message", "AWS will take this spot machine"]
-    subprocess.run([*command, "--deadline-remaining-seconds", str(left)], check=True)
+    subprocess.run([*command, "--deadline-remaining-seconds", f"{left_s / 2:.0f}"], check=True)
+
+
+def own_node(address: str) -> str:
+    """Return the id of this machine's node of a cluster.
+
+    `ray drain-node` would start a Ray of its own to look for it.
+    """
+    ray.init(address=address, log_to_driver=False)
+    try:
+        return str(ray.get_runtime_context().get_node_id())
+    finally:
+        ray.shutdown()
 
 
 def watch(
@@ -84,7 +99,7 @@ def watch(
                 _say(f"told Ray that this machine will be taken away at {taken:%H:%M:%S} UTC")
                 return
             trouble = ""
-        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+        except Exception as error:  # Ray's are of many kinds, and nobody else watches
             if trouble != str(error):  # once: it may last for as long as the node does
                 _say(f"no notice can be passed on ({type(error).__name__}: {error}); trying again")
             trouble = str(error)
@@ -110,14 +125,6 @@ def _ask(url: str, method: str, header: str, value: str) -> str:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on no network
     with direct.open(request, timeout=_TIMEOUT_S) as answer:
         return str(answer.read().decode())
-
-
-def _own_node(address: str) -> str:
-    ray.init(address=address, log_to_driver=False)
-    try:
-        return str(ray.get_runtime_context().get_node_id())
-    finally:
-        ray.shutdown()
 
 
 def _say(text: str) -> None:

@@ -28,7 +28,7 @@ from pcd_ray.data.shards import open_shards
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 EVENT_S = 300.0  # for one event: on a busy machine Ray's processes get little of it
-NOTICE_S = 30.0  # clouds give half a minute or more
+NOTICE_S = 60.0  # clouds give half a minute or more
 EPOCHS = 8
 STEPS = EPOCHS * NUM_IMAGES // BATCH
 
@@ -228,7 +228,7 @@ def give_notice(cluster: FaultyCluster) -> None:
     """Have AWS's metadata service say that a machine goes, and what runs there tell Ray."""
     watcher = [sys.executable, "-m", "pcd_ray.ray_spot_notice", "--address", cluster.address]
     with serving() as metadata:
-        metadata.taken = datetime.now(UTC) + timedelta(seconds=NOTICE_S)
+        metadata.taken = datetime.now(UTC) + timedelta(seconds=NOTICE_S)  # Ray is told half of it
         watcher += ["--node-id", cluster.oldest(), "--metadata-url", metadata.url]
         subprocess.run(watcher, check=True, timeout=EVENT_S)
 
