@@ -209,7 +209,7 @@ def _ends(name: str, kind: str, given: Any) -> tuple[float, float]:
     right = isinstance(given, Sequence) and len(given) == 2 and all(map(_is_number, given))
     if not right or not given[0] < given[1] or (kind == "log" and given[0] <= 0):
         wanted = "0 < low < high" if kind == "log" else "low < high"
-        raise ConfigError(f"tune.space: {name}: {kind}={given!r}; give [low, high] with {wanted}")
+        raise ConfigError(f"tune.space: {name}: {kind}={given!r}; give two finite ends, {wanted}")
     return given[0], given[1]
 
 
