@@ -1,113 +1,135 @@
-"""Watch for the notice that AWS gives before it takes a spot machine away; drain its Ray node then.
+"""AWS's notice that a spot machine will be taken away, passed on to Ray.
 
-A run stores a checkpoint when a machine of its workers is drained, and the loss costs it one of
-``train.max_preemptions``, none of ``train.max_failures``. Run on each machine, beside Ray::
+Runs beside Ray on each node: ``python -m pcd_ray.ray_spot_notice --address=HEAD:6379``. A training
+run then stores its step, and the loss counts as a preemption, not as a failure. Ray's launcher
+passes no notice on; on Kubernetes Ray itself drains the node of a pod that is told to go.
 
-    python -m pcd_ray.ray_spot_notice --address=HEAD:6379
-
-On Kubernetes nothing watches: there Ray drains a node itself when its pod is deleted.
+Source: the instance metadata service, version 2, path ``spot/instance-action`` (EC2 User Guide).
 """
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import ray
 
-METADATA = "http://169.254.169.254"
-"""Where a machine of AWS asks about itself, by version 2 of that service."""
-_EVERY_S = 5.0  # as AWS advises
+METADATA_URL = "http://169.254.169.254"
+"""Where an EC2 instance asks about itself."""
+LOOK_EVERY_S = 5.0
+"""As AWS advises; a notice comes two minutes ahead."""
 _TIMEOUT_S = 5.0
-_log = logging.getLogger("spot_notice")
+_REASON = "DRAIN_NODE_REASON_PREEMPTION"
 
 
-def notice(metadata: str = METADATA) -> datetime | None:
-    """Return when this machine will be taken away; None: nobody has said that it will.
+def spot_notice(metadata_url: str = METADATA_URL) -> datetime | None:
+    """Return when this machine will be taken away; None: nothing is known of that.
 
     Raises:
-        OSError: nobody answers, or with an error.
-        ValueError: the answer is no notice.
+        OSError: the metadata service does not answer, or refuses to.
+        ValueError: its answer is no notice.
     """
-    seconds = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-    ask = urllib.request.Request(f"{metadata}/latest/api/token", method="PUT", headers=seconds)
-    token = {"X-aws-ec2-metadata-token": _answer(ask)}
-    ask = urllib.request.Request(f"{metadata}/latest/meta-data/spot/instance-action", headers=token)
+    token = _ask(f"{metadata_url}/latest/api/token", "PUT", "ttl-seconds", "60")
     try:
-        told = json.loads(_answer(ask))
-        return datetime.fromisoformat(told["time"])
+        text = _ask(f"{metadata_url}/latest/meta-data/spot/instance-action", "GET", "", token)
     except urllib.error.HTTPError as error:
-        if error.code == 404:
+        if error.code == 404:  # no notice, as on a machine that is not a spot one
             return None
         raise
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the notice names no time ({error!r})") from error
+    return datetime.fromisoformat(json.loads(text)["time"])
 
 
-def drain(address: str, gone: datetime) -> None:
-    """Tell Ray that this machine's node will be taken away.
+def drain(address: str, taken: datetime, *, node_id: str = "") -> None:
+    """Tell Ray that a node will be taken away.
 
-    Ray Train starts its workers anew at the deadline, and must end the old ones before the machine
-    goes: it is told half of the time that is left.
+    Ray Train starts its workers anew when their time is up, and the old ones must have ended before
+    the machine goes: it is told half of the time that is left.
 
     Args:
-        address: of the cluster; this machine has one node of it.
-        gone: when the machine goes.
+        address: of the head, HOST:PORT.
+        taken: when.
+        node_id: of the node, in hexadecimal digits; empty: this machine's.
+
+    Raises:
+        subprocess.CalledProcessError: Ray does not take it, or the head does not answer.
     """
-    # without a node `ray drain-node` starts a Ray of its own, and drains that
+    left_s = max(0.0, (taken - datetime.now(UTC)).total_seconds())
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
+    command += ["--node-id", node_id or own_node(address), "--reason", _REASON]
+    command += ["--reason-message", "AWS will take this spot machine"]
+    subprocess.run([*command, "--deadline-remaining-seconds", f"{left_s / 2:.0f}"], check=True)
+
+
+def own_node(address: str) -> str:
+    """Return the id of this machine's node of a cluster.
+
+    `ray drain-node` would start a Ray of its own to look for it.
+    """
+    ray.init(address=address, log_to_driver=False)
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-        node = ray.get_runtime_context().get_node_id()
+        return str(ray.get_runtime_context().get_node_id())
     finally:
         ray.shutdown()
-    left_s = max(0.0, (gone - datetime.now(UTC)).total_seconds())
-    words = [
-        f"--address={address}",
-        f"--node-id={node}",
-        "--reason=DRAIN_NODE_REASON_PREEMPTION",
-        f"--reason-message=AWS takes this spot machine at {gone.isoformat()}",
-        f"--deadline-remaining-seconds={left_s / 2:.0f}",
-    ]
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *words], check=True)
-    _log.info("node %s is drained: the machine goes in %.0f s", node, left_s)
 
 
-def watch(address: str, *, metadata: str = METADATA, every_s: float = _EVERY_S) -> None:
-    """Return once the node of this machine is drained; whatever fails is said and tried again."""
-    said = ""
+def watch(
+    look: Callable[[], datetime | None],
+    tell: Callable[[datetime], None],
+    *,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Look for a notice until there is one and it is told; trouble is said and tried again.
+
+    Args:
+        look: as `spot_notice`.
+        tell: as `drain`.
+        wait: passes seconds.
+    """
+    trouble = ""
     while True:
         try:
-            gone = notice(metadata)
-            if gone is not None:
-                drain(address, gone)
+            taken = look()
+            if taken is not None:
+                tell(taken)
+                _say(f"told Ray that this machine will be taken away at {taken:%H:%M:%S} UTC")
                 return
+            trouble = ""
         except Exception as error:  # Ray's are of many kinds, and nobody else watches
-            if str(error) != said:
-                _log.warning("%s; trying again every %g s", error, every_s)
-            said = str(error)
-        time.sleep(every_s)
+            if trouble != str(error):  # once: it may last for as long as the node does
+                _say(f"no notice can be passed on ({type(error).__name__}: {error}); trying again")
+            trouble = str(error)
+        wait(LOOK_EVERY_S)
 
 
-def _answer(ask: urllib.request.Request) -> str:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
-    with direct.open(ask, timeout=_TIMEOUT_S) as answer:
+def main() -> None:
+    """Watch, as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--address", required=True, help="the head, HOST:PORT")
+    parser.add_argument("--node-id", default="", help="of which node; else this machine's")
+    parser.add_argument("--metadata-url", default=METADATA_URL, help="who gives the notice")
+    given = parser.parse_args()
+    watch(
+        lambda: spot_notice(given.metadata_url),
+        lambda taken: drain(given.address, taken, node_id=given.node_id),
+    )
+
+
+def _ask(url: str, method: str, header: str, value: str) -> str:
+    name = "-".join(filter(None, ["X-aws-ec2-metadata-token", header]))
+    request = urllib.request.Request(url, method=method, headers={name: value})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on no network
+    with direct.open(request, timeout=_TIMEOUT_S) as answer:
         return str(answer.read().decode())
 
 
-def _main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    words = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    words.add_argument("--address", required=True, help="of the cluster, HEAD:6379")
-    words.add_argument("--metadata", default=METADATA, help="where notices are asked for")
-    words.add_argument("--every-s", type=float, default=_EVERY_S, help="seconds between looks")
-    given = words.parse_args()
-    watch(given.address, metadata=given.metadata, every_s=given.every_s)
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":
-    _main()
+    main()

@@ -1,12 +1,19 @@
 """Fixtures for all tests; imports no Ray."""
 
 import os
+import runpy
 from pathlib import Path
 
 import pytest
 
 # before torch is imported: threads of several processes that share cores must not spin
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# tests start hundreds of processes, and what these cost is their imports
+START = Path(__file__).parent / "process_start"
+runpy.run_path(str(START / "sitecustomize.py"))  # of this process, which has started already
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(START), os.getenv("PYTHONPATH")]))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles the package again
 
 SHARED = Path(__file__).parents[2] / "shared"
 

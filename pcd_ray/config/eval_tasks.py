@@ -28,7 +28,8 @@ class LinearConfig:
     """Share of the training images on which the rate is chosen, in (0, 0.5]; the classifier that is
     reported has been trained on all of them. [ours]"""
     standardise: bool = True
-    """Bring each channel to mean 0 and variance 1 over the training images' centre crops. [ours]"""
+    """Bring each channel to mean 0 and variance 1 over the centre crops of all training
+    images, the held-out ones included. [ours]"""
     min_scale: float = 0.08
     """``augmented``: smallest share of an image's area that a crop may cover."""
 

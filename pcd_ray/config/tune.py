@@ -21,7 +21,7 @@ class TuneConfig:
     space_function: str = ""
     """``FILE.py:NAME`` or ``MODULE:NAME`` of a function instead of ``space``, for spaces with
     conditions: it is given an Optuna trial, calls ``trial.suggest_*`` with options' names, and may
-    return further options as a mapping."""
+    return further options as a mapping. Asked again it must ask for and return the same."""
     trials: int = 20
     """Trials in all; a sweep that is finished goes on when it is given more."""
     metric: Literal["knn_top1", "segmentation_miou"] = "knn_top1"

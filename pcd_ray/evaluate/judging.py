@@ -194,12 +194,12 @@ def store_scores(part: str, scores: Scores) -> None:
 
 
 def stored_scores(part: str) -> Scores | None:
-    """Return what an earlier call has stored; None: nothing whole is there."""
+    """Return what an earlier call has stored; None: nothing whole and finite is there."""
     uri = storage.join(part, "scores.json")
     if not storage.exists(uri):
         return None
     try:
-        found = json.loads(storage.read_text(uri))
+        found = json.loads(storage.read_text(uri), parse_constant=_refused)
         return Scores(
             values=found["values"],
             intervals={name: (low, high) for name, (low, high) in found["intervals"].items()},
@@ -210,6 +210,10 @@ def stored_scores(part: str) -> Scores | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, storage.NotTextError):
         return None  # damaged: it is judged again
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON; no score is NaN or infinite")
 
 
 def _tasks(kind: Kind, rows: Sequence[Row], config: Config) -> Iterator[tuple[Row, int, int]]:

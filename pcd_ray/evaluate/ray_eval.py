@@ -166,14 +166,14 @@ def _looks(
 
     What fails is noted in the result, by picture.
     """
-    judged = [row for row in rows if any(result.rows[row.label])]
-    if not judged:
+    shown = shown_networks(rows, result.rows)
+    if not shown:
         return {}
     try:
         drawn, failed = call_in_task(
             _drawn,
-            [row.networks[0] for row in judged],
-            _necks(judged),
+            [network for network, _ in shown],
+            _necks(shown),
             images(data, config),
             config.eval.pixel,
             config.eval.image_size_px or config.augment.image_size_px,
@@ -187,12 +187,30 @@ def _looks(
     return looks
 
 
-def _necks(rows: Sequence[Row]) -> dict[str, Student]:
+def shown_networks(rows: Sequence[Row], measured: Measurements) -> list[tuple[JudgedNetwork, str]]:
+    """Return the first network of each row that has scores, and its run, ``""`` where it has none.
+
+    One that failed, such as a training that has diverged, would cost all rows their pictures.
+    """
+    judged = (
+        [
+            (network, run)
+            for network, run, scores in zip(
+                row.networks, row.runs, measured[row.label], strict=True
+            )
+            if scores
+        ]
+        for row in rows
+    )
+    return [networks[0] for networks in judged if networks]
+
+
+def _necks(shown: Sequence[tuple[JudgedNetwork, str]]) -> dict[str, Student]:
     """Return the students with a neck, by row: it is left out of what is judged."""
     stored = {
-        row.label: stored_student(find_checkpoint(storage.absolute(row.run)))
-        for row in rows
-        if row.run
+        network.label: stored_student(find_checkpoint(storage.absolute(run)))
+        for network, run in shown
+        if run
     }
     return {label: student for label, student in stored.items() if len(student.neck)}
 

@@ -63,7 +63,7 @@ KINDS = {
         Kind(
             name="linear",
             title=lambda _: "Linear probe on frozen, pooled features",
-            format=1,
+            format=2,
             sets=_labelled_images,
             open=classify_settings.open_images,
             notes=classify_settings.linear_notes,

@@ -42,8 +42,8 @@ class Row:
 
     label: str
     networks: tuple[JudgedNetwork, ...]
-    run: str = ""
-    """The first one's run or checkpoint, where it is of one: its neck is there."""
+    runs: tuple[str, ...]
+    """Each one's run or checkpoint, where its neck is; empty: it is of none."""
 
 
 def stored_config(specs: Sequence[str]) -> Config | None:
@@ -80,8 +80,8 @@ def open_rows(specs: Sequence[str], config: Config) -> list[Row]:
         label = label or (networks[0].label if len(networks) == 1 else _common_label(networks))
         taken = {row.label for row in rows}
         label = next(name for name in _numbered(label) if name not in taken)
-        run = parts[0] if _is_run(parts[0]) else ""
-        rows.append(Row(label, tuple(replace(network, label=label) for network in networks), run))
+        runs = tuple(part if _is_run(part) else "" for part in parts)
+        rows.append(Row(label, tuple(replace(network, label=label) for network in networks), runs))
     return rows
 
 

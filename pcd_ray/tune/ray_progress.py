@@ -11,7 +11,7 @@ from pcd_ray.ray_cluster import free_reservation
 from pcd_ray.tune.driver_mark import DriverMark
 from pcd_ray.tune.ray_search import EPOCH, FINISHED, NUMBER, RESERVATION, SCORE, VALUES
 from pcd_ray.tune.records import TrialRecord, records_of
-from pcd_ray.tune.space import Space
+from pcd_ray.tune.space import Space, epochs_of
 from pcd_ray.tune.study import OVER, OpenStudy
 
 
@@ -59,10 +59,10 @@ class Progress(tune.Callback):
     ) -> None:
         """Say its score."""
         del iteration, trials, info
-        when = "judged" if result.get(FINISHED) else f"epoch {result[EPOCH]}"
-        of = f"of {self._config.train.epochs}" * (not result.get(FINISHED))
+        epochs = epochs_of(trial.config[VALUES], self._config)
+        when = "judged" if result.get(FINISHED) else f"epoch {result[EPOCH]} of {epochs}"
         score = f"{self._config.tune.metric} {result[SCORE]:.1f}"
-        self._say(f"trial {trial.config[NUMBER]}: {when} {of} {score}".replace("  ", " "))
+        self._say(f"trial {trial.config[NUMBER]}: {when} {score}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show the table and write the files."""

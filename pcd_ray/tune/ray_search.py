@@ -17,8 +17,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pcd_ray import storage
 from pcd_ray.config import Config, TuneConfig
+from pcd_ray.errors import ConfigError
 from pcd_ray.tune.records import trial_name
-from pcd_ray.tune.space import Space, with_absolute_paths
+from pcd_ray.tune.space import Space, drawn
 from pcd_ray.tune.study import (
     ADDED,
     COST,
@@ -43,15 +44,18 @@ NUMBER = "number"
 """Of a trial's parameters: its number in the study."""
 VALUES = "values"
 """Of a trial's parameters: options' names -> values."""
+REFUSAL = "refusal"
+"""Of a trial's parameters: why it cannot be; empty: it can."""
 _UNSAID = "its process died without a word; it may have run out of memory"
 
 
 class StudySearch(OptunaSearch):
     """OptunaSearch on a study that outlives its driver.
 
-    Three things differ. Trials that a killed driver left running are handed out first, so that they
-    go on from their checkpoints. Trials that a scheduler stopped are told to Optuna as pruned, not
-    as complete with the score they had so far. Failed ones keep their reason.
+    Four things differ. Trials that a killed driver left running are handed out first, so that they
+    go on from their checkpoints. A trial whose values a space function does not tell is handed out
+    to fail. Trials that a scheduler stopped are told to Optuna as pruned, not as complete with the
+    score they had so far. Failed ones keep their reason.
     """
 
     def __init__(self, opened: OpenStudy, space: Space, config: Config, trials_uri: str) -> None:
@@ -64,22 +68,24 @@ class StudySearch(OptunaSearch):
             study_name=opened.study.study_name,
             storage=new_storage(opened.url),
         )
+        self._of = space
         self._interrupted = [trial.number for trial in opened.trials(TrialState.RUNNING)]
         self._trials_uri = trials_uri
         self._several = costs
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """Return the next trial's number and values."""
-        if self._interrupted and trial_id not in self._ot_trials:
-            number = self._interrupted.pop(0)
-            stored = self._study.get_trials(deepcopy=False)[number]
-            self._ot_trials[trial_id] = optuna.trial.Trial(self._study, stored._trial_id)
-        values = with_absolute_paths(super().suggest(trial_id) or {})
-        trial = self._ot_trials[trial_id]
+        if trial_id not in self._ot_trials:
+            self._ot_trials[trial_id] = self._interrupted_trial() or self._study.ask()
+        trial, refusal = self._ot_trials[trial_id], ""
+        try:
+            values = drawn(self._of, trial)  # what an interrupted one was given stays
+        except ConfigError as error:  # of a space function: the next trial may be spared it
+            values, refusal = trial.params, str(error)
         asked = trial.params
         added = {n: v for n, v in values.items() if n not in asked or asked[n] != v}
         trial.set_user_attr(ADDED, added)
-        return {NUMBER: trial.number, VALUES: values}
+        return {NUMBER: trial.number, VALUES: values, REFUSAL: refusal}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note a score by its epoch."""
@@ -114,6 +120,12 @@ class StudySearch(OptunaSearch):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the study out, of the copy of the search that Tune writes to disk."""
         return {}
+
+    def _interrupted_trial(self) -> optuna.trial.Trial | None:
+        if not self._interrupted:
+            return None
+        stored = self._study.get_trials(deepcopy=False)[self._interrupted.pop(0)]
+        return optuna.trial.Trial(self._study, stored._trial_id)
 
     @property
     def _study(self) -> optuna.Study:
@@ -174,12 +186,12 @@ def train_command(trials_uri: str, number: int) -> str:
     return f"`pcd-ray train {storage.join(trials_uri, trial_name(number), 'config.yaml')}`"
 
 
-def stopping_rule(config: Config, opened: OpenStudy) -> TrialScheduler:
+def stopping_rule(config: Config, space: Space, opened: OpenStudy) -> TrialScheduler:
     """Return what stops trials early; it has seen all scores of earlier sittings.
 
     Those of trials that are over at once, those of an interrupted one when that goes on.
     """
-    rule = _new_rule(config)
+    rule = _new_rule(config.tune, most_epochs=space.most_epochs)
     if not isinstance(rule, _Remembering):
         return rule
     begun = opened.trials(*OVER, TrialState.RUNNING)
@@ -198,14 +210,13 @@ class _Past:
     config: dict[str, Any]
 
 
-def _new_rule(config: Config) -> TrialScheduler:
-    options: TuneConfig = config.tune
+def _new_rule(options: TuneConfig, *, most_epochs: int) -> TrialScheduler:
     if options.scheduler == "asha":
         return _Asha(
             time_attr=EPOCH,
             metric=SCORE,
             mode="max",
-            max_t=max(config.train.epochs, options.grace_epochs),
+            max_t=max(most_epochs, options.grace_epochs),
             grace_period=options.grace_epochs,
             reduction_factor=options.reduction_factor,
             stop_last_trials=False,  # the last epoch's trials are still to be judged

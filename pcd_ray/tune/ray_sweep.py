@@ -43,7 +43,7 @@ from pcd_ray.tune.records import (
     trials_csv,
 )
 from pcd_ray.tune.space import Space, open_space, with_absolute_choices
-from pcd_ray.tune.study import OVER, OpenStudy, open_study
+from pcd_ray.tune.study import OVER, OpenStudy, begin_study, find_study, story_of
 from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
 _OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
@@ -93,18 +93,23 @@ def sweep(config: Config) -> SweepResult:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = with_absolute_choices(with_absolute_places(config))
     space = open_space(config)
-    _check_scores(config)
+    _check_scores(config, space)
     if not config.data.shards:
         raise ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
     images = open_shards(config.data.shards).content_hash
     folder = RunFolder.of(config)
     check_outlives_job("run.root", folder.uri)
     storage.check_writable(folder.uri)
-    opened = open_study(config, space, folder, data_sha256=images)
+    story = story_of(config, space, data_sha256=images)
+    opened, ready = find_study(config, folder, story), None
+    if opened is None:
+        ready = _checked(config)  # before: what is refused must not be what the study is a study of
+        opened = begin_study(config, space, folder, story)
     if trials_left(config, opened):
         with driving(opened) as mark:
+            ready = ready or _checked(config)
             storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
-            _run(config, space, folder, opened, mark)
+            _run(config, space, folder, opened, mark, ready)
     return write_records(config, folder, opened)
 
 
@@ -230,8 +235,30 @@ def cache_lines(space: Space, plan: RunPlan) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What is known before a trial starts."""
+
+    have: Cluster
+    plan: RunPlan
+    many: int
+    """Trials at a time."""
+
+
+def _checked(config: Config) -> _Checked:
+    """Refuse what no trial could run with."""
+    have = cluster_of(config)
+    plan = dry_run(config)
+    return _Checked(have, plan, trials_at_a_time(config, have, device=plan.device))
+
+
 def _run(
-    config: Config, space: Space, folder: RunFolder, opened: OpenStudy, mark: DriverMark
+    config: Config,
+    space: Space,
+    folder: RunFolder,
+    opened: OpenStudy,
+    mark: DriverMark,
+    ready: _Checked,
 ) -> None:
     """Run the trials that are left.
 
@@ -239,10 +266,7 @@ def _run(
         ConfigError: another driver has begun to run them at the same moment.
         KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
     """
-    have = cluster_of(config)
-    plan = dry_run(config)  # refuses what no trial could run with
-    device = plan.device
-    many = trials_at_a_time(config, have, device=device)
+    plan, many = ready.plan, ready.many
     mark.take()  # it may have grown old, and two that began together both have it
     trials_uri, left = folder.file("trials"), trials_left(config, opened)
     progress = Progress(config, opened, mark, lambda: write_records(config, folder, opened))
@@ -255,14 +279,14 @@ def _run(
         run_trial,
         base=config_to_values(_without_secrets(config)),
         trials_uri=trials_uri,
-        places=places_of(config, folder, have, many=many, device=device),
+        places=places_of(config, folder, ready.have, many=many, device=plan.device),
         builder=cache_builder(config, space, many=many),
     )
     tuner = tune.Tuner(
         tune.with_resources(trial, _DRIVER_SHARE),
         tune_config=tune.TuneConfig(
             search_alg=StudySearch(opened, space, config, trials_uri),
-            scheduler=stopping_rule(config, opened),
+            scheduler=stopping_rule(config, space, opened),
             num_samples=left,
             max_concurrent_trials=many,
             trial_dirname_creator=_folder_of,
@@ -284,7 +308,7 @@ def _folder_of(trial: Any) -> str:
     return trial_name(trial.config[NUMBER])
 
 
-def _check_scores(config: Config) -> None:
+def _check_scores(config: Config, space: Space) -> None:
     """Refuse a metric that no trial would report."""
     metric, judged = config.tune.metric, config.eval
     if metric == "knn_top1" and not judged.knn_train:
@@ -303,10 +327,10 @@ def _check_scores(config: Config) -> None:
             f"tune.scheduler={config.tune.scheduler} stops trials by their scores while they "
             f"train, but eval.{option}=0; set it to 1, or tune.scheduler=none"
         )
-    if config.tune.scheduler != "none" and config.tune.grace_epochs > config.train.epochs:
+    if config.tune.scheduler != "none" and config.tune.grace_epochs > space.most_epochs:
         raise ConfigError(
             f"tune.grace_epochs={config.tune.grace_epochs} is above train.epochs="
-            f"{config.train.epochs}; use less"
+            f"{space.most_epochs}; use less"
         )
 
 

@@ -11,6 +11,7 @@ from pcd_ray import metric_names as names
 from pcd_ray import storage
 from pcd_ray.config import Config, TuneConfig, config_from_values, config_to_values
 from pcd_ray.data.shards import Shards, open_shards
+from pcd_ray.errors import ConfigError
 from pcd_ray.ray_cluster import fetched
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_shares import WorkerShare
@@ -20,6 +21,7 @@ from pcd_ray.tune.ray_search import (
     EPOCH,
     FINISHED,
     NUMBER,
+    REFUSAL,
     RESERVATION,
     SCORE,
     VALUES,
@@ -42,16 +44,18 @@ def run_trial(
     """Train and judge one trial, or go on with it where it stopped.
 
     Args:
-        parameters: its number and the values of the options that it varies.
+        parameters: its number, the values of the options that it varies, and why it cannot be.
         base: the sweep's configuration, as plain data.
         trials_uri: folder of the trials' runs.
-        places: options that the sweep sets for all trials.
+        places: options that the sweep sets for all trials, where they do not vary.
         builder: a `CacheBuilder` actor that all trials share; None: no other trial runs.
     """
     number = parameters[NUMBER]
     try:
-        config = config_of_trial(config_from_values(base), parameters[VALUES], number, trials_uri)
-        config = trial_config(config, places)
+        if parameters[REFUSAL]:
+            raise ConfigError(parameters[REFUSAL])
+        shared = trial_config(config_from_values(base), places)
+        config = config_of_trial(shared, parameters[VALUES], number, trials_uri)
         result = train(config, listener=Reporter(config), build=_build_by(builder))
     except Exception as error:
         storage.write_text(reason_file(trials_uri, number), _story(error, trials_uri, number))

@@ -7,6 +7,7 @@ tried alone, and combinations are drawn at random.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,11 +37,15 @@ _SETTLED = {
     "data": "is the same for all trials",
     "eval": "says how trials are judged, which must be the same for all",
     "export": "is no part of training",
-    "train.num_workers": "is what a trial costs the cluster, the same for all",
-    "train.device": "is what a trial costs the cluster, the same for all",
+    "scale": "is no part of training",
+    **{
+        f"train.{name}": "is what a trial costs the cluster, the same for all"
+        for name in ("num_workers", "device", "cpus_per_worker", "threads_per_worker")
+    },
 }
 _WEIGHTS = ("teacher.weights", "teacher_2.weights")
 _PLACES = (*_WEIGHTS, "teacher.cache.path", "teacher_2.cache.path")
+_EPOCHS = "train.epochs"
 _FORM = "write {log: [low, high]}, {uniform: [low, high]} or {choice: [a, b]}"
 
 
@@ -54,6 +59,10 @@ class Space:
     """Asks for the values itself; None: all ``distributions`` are asked for."""
     sha256: str
     """By which a changed space is noticed."""
+    weights: tuple[str, ...] = ()
+    """Teachers' files that trials choose from, or were seen to have."""
+    most_epochs: int = 0
+    """Of the trial that trains for longest, as far as is known."""
 
     def own_values(self, config: Config) -> Values:
         """Return the values that a configuration has, of the options that could take them."""
@@ -79,14 +88,17 @@ def open_space(config: Config) -> Space:
     """
     if config.tune.space_function:
         function = load_function(config.tune.space_function)
-        space = Space(_asked_for(function), function, _sha256(source_of(function)))
+        distributions, added = _asked_for(function)
+        # its text alone would not tell of a changed constant, or of another function that it calls
+        story = [source_of(function), _stories(distributions), added]
+        space = Space(distributions, function, _sha256(json.dumps(story, default=repr)))
         _check_names(space.distributions, config)
     else:
         distributions = _distributions(config)
-        story = {name: distribution_to_json(each) for name, each in sorted(distributions.items())}
-        space = Space(distributions, None, _sha256(json.dumps(story)))
-    _check_weights(space, _check_combinations(space, config))
-    return space
+        space = Space(distributions, None, _sha256(json.dumps(_stories(distributions))))
+    seen = _check_combinations(space, config)
+    weights = _check_weights(space, seen)
+    return replace(space, weights=weights, most_epochs=_most_epochs(space, seen, config))
 
 
 def with_absolute_choices(config: Config) -> Config:
@@ -110,6 +122,11 @@ def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
         ConfigError: the values do not go together.
     """
     return with_values(config, values)
+
+
+def epochs_of(values: Mapping[str, Any], config: Config) -> int:
+    """Return how many epochs a trial with these values trains for."""
+    return int(values.get(_EPOCHS, config.train.epochs))
 
 
 def in_words(distribution: BaseDistribution) -> str:
@@ -212,7 +229,7 @@ def _choice(name: str, rule: Mapping[str, Any]) -> CategoricalDistribution:
 
 def _is_number(value: Any, whole: bool = False) -> bool:
     kinds = int if whole else int | float
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_values(name: str, distribution: BaseDistribution, config: Config) -> None:
@@ -260,8 +277,9 @@ def _check_combinations(space: Space, config: Config) -> list[Values]:
     return right
 
 
-def _check_weights(space: Space, seen: Iterable[Values]) -> None:
-    """Refuse weights that are not there, of those that trials choose from or were seen to have."""
+def _check_weights(space: Space, seen: Iterable[Values]) -> tuple[str, ...]:
+    """Return the weights that trials choose from or were seen to have; refuse absent ones."""
+    there: dict[str, None] = {}
     for name in _WEIGHTS:
         choices = getattr(space.distributions.get(name), "choices", ())
         asked = [_absolute(choice) for choice in choices if isinstance(choice, str)]
@@ -271,6 +289,18 @@ def _check_weights(space: Space, seen: Iterable[Values]) -> None:
                 f"tune.space: {name}: there is no {', '.join(absent)}; give weights files that "
                 "exist, relative to the folder that the command is given in"
             )
+        there |= {uri: None for uri in given if uri}
+    return tuple(there)
+
+
+def _most_epochs(space: Space, seen: Iterable[Values], config: Config) -> int:
+    """Return the most epochs that a trial may have or was seen to have."""
+    asked = space.distributions.get(_EPOCHS)
+    if isinstance(asked, IntDistribution):
+        return asked.high
+    choices = asked.choices if isinstance(asked, CategoricalDistribution) else ()
+    chosen = [epochs_of(values, config) for values in seen]  # a function may set it, not ask
+    return max([*chosen, *(value for value in choices if isinstance(value, int))])
 
 
 def _absolute(value: Any) -> Any:
@@ -312,20 +342,27 @@ def _throwaway_study() -> optuna.Study:
     return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
 
-def _asked_for(function: SpaceFunction) -> dict[str, BaseDistribution]:
-    """Return what a function asks for in some trials, conditions included."""
+def _asked_for(function: SpaceFunction) -> tuple[dict[str, BaseDistribution], list[Values]]:
+    """Return what a function asks for in some trials, conditions included, and what it sets."""
     study = _throwaway_study()
     found: dict[str, BaseDistribution] = {}
+    set_by_it = []
     for _ in range(_DRAWS):
         trial = study.ask()
-        added = set(values_of(function, trial)) - set(trial.params)
+        values = values_of(function, trial)
+        added = {n: v for n, v in values.items() if n not in trial.params or trial.params[n] != v}
+        set_by_it.append(dict(sorted(added.items(), key=repr)))
         found |= trial.distributions
-        found |= {name: CategoricalDistribution((None,)) for name in added - set(found)}
+        found |= {name: CategoricalDistribution((None,)) for name in set(added) - set(found)}
     if not found:
         raise ConfigError(
             "tune.space_function asks its trial for nothing; call trial.suggest_float and the like"
         )
-    return found
+    return found, set_by_it
+
+
+def _stories(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:
+    return {name: distribution_to_json(each) for name, each in sorted(distributions.items())}
 
 
 def _sha256(text: str) -> str:

@@ -4,14 +4,16 @@ The study is the sweep's memory. It outlives the driver, in SQLite in the sweep'
 ``tune.storage`` says, and Optuna's own dashboard reads it.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcd_ray import storage
@@ -27,7 +29,7 @@ from pcd_ray.config import (
 )
 from pcd_ray.errors import ConfigError
 from pcd_ray.seeds import derive_seed
-from pcd_ray.tune.space import Space, Values, flat_space
+from pcd_ray.tune.space import Space, flat_space
 
 OVER = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 """States of trials that are not run again."""
@@ -39,6 +41,7 @@ COST = "cost"
 """User attribute: what the trial cost, in the unit of ``tune.cost``."""
 ADDED = "added"
 """User attribute: options that a space function set without asking for them."""
+_FILE = "study.db"  # of a sweep that keeps its study itself
 _SWEEP = "sweep"  # user attribute of the study: what it is a study of
 _SAME_FOR_ALL = ("space", "space_function", "metric", "cost")  # of tune: scores compare only so
 _FREE_EVAL = ("eval.pictures", "eval.pixel", "eval.out", "eval.references", "eval.seeds")
@@ -63,45 +66,95 @@ class OpenStudy:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
 
-def open_study(config: Config, space: Space, folder: RunFolder, *, data_sha256: str) -> OpenStudy:
-    """Return the sweep's study, new or as it was left.
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What a sweep is a sweep of: trials of another one would not compare."""
+
+    space_sha256: str
+    data_sha256: str
+    """Of the packed images' content."""
+    weights_sha256: Mapping[str, str]
+    """Teacher, or a file that trials choose -> hash of the file; a place may change, that not."""
+    config: Mapping[str, Any]
+
+
+def story_of(config: Config, space: Space, *, data_sha256: str) -> Story:
+    """Return what a sweep is a sweep of.
+
+    Raises:
+        StorageError: a file of weights cannot be read.
+    """
+    own = {name: teacher.weights for name, teacher in config.teachers.items()}
+    files = {key: uri for key, uri in (own | {w: w for w in space.weights}).items() if uri}
+    hashes = {uri: _file_sha256(uri) for uri in set(files.values()) if storage.exists(uri)}
+    values = config_to_values(config)
+    values["tune"]["storage"] = ""  # a place, maybe with a password
+    return Story(
+        space_sha256=space.sha256,
+        data_sha256=data_sha256,
+        weights_sha256={key: hashes[uri] for key, uri in files.items() if uri in hashes},
+        config=values,
+    )
+
+
+def find_study(config: Config, folder: RunFolder, story: Story) -> OpenStudy | None:
+    """Return the sweep's study as it was left; None: it has not begun, and nothing is written.
 
     Args:
         config: the sweep.
-        space: what it searches.
         folder: where it lives.
-        data_sha256: content hash of the packed images.
+        story: what it is a sweep of now.
 
     Raises:
         ConfigError: the study is one of another space, of other settings or of another folder; or
             it should be a SQLite file in a bucket.
     """
     url = _url(config, folder)
-    study = optuna.create_study(
-        storage=_storage(url),
-        study_name=config.run.name,
-        directions=directions(config.tune),
-        sampler=sampler(config),
-        load_if_exists=True,
+    if not config.tune.storage and not storage.exists(folder.file(_FILE)):
+        return None
+    connected = _storage(url)
+    if config.run.name not in optuna.get_all_study_names(connected):
+        return None
+    study = optuna.load_study(
+        study_name=config.run.name, storage=connected, sampler=sampler(config)
     )
     opened = OpenStudy(study, url)
     stored = study.user_attrs.get(_SWEEP)
-    if stored is None and study.get_trials(deepcopy=False):
+    if stored is None and (study.trials or study.directions != _directions(config.tune)):
         raise ConfigError(
             f"{opened.shown_url} holds a study {config.run.name!r} that pcd-ray did not begin; "
             "choose another run.name"
         )
-    if stored is None:
-        _begin(study, config, _story(config, space, data_sha256), space.own_values(config))
-    else:
-        _refuse_other_root(json.loads(stored), config, opened)
-        _refuse_changes(json.loads(stored), config, _story(config, space, data_sha256))
+    if stored is None:  # its driver died as it began
+        return None
+    _refuse_other_root(json.loads(stored), config, opened)
+    _refuse_changes(json.loads(stored), config, story)
     return opened
 
 
-def directions(tune: TuneConfig) -> list[Literal["maximize", "minimize"]]:
-    """Return Optuna's directions: the score is to be high, the cost low."""
-    return ["maximize"] if tune.cost == "none" else ["maximize", "minimize"]
+def begin_study(config: Config, space: Space, folder: RunFolder, story: Story) -> OpenStudy:
+    """Store a new study, with the configuration's own values as its first trial if wanted.
+
+    Args:
+        config: the sweep.
+        space: what it searches.
+        folder: where it lives.
+        story: what it is a sweep of.
+    """
+    url = _url(config, folder)
+    if not config.tune.storage:
+        os.makedirs(folder.uri, exist_ok=True)
+    study = optuna.create_study(
+        storage=_storage(url),
+        study_name=config.run.name,
+        directions=_directions(config.tune),
+        sampler=sampler(config),
+        load_if_exists=True,
+    )
+    study.set_user_attr(_SWEEP, json.dumps(asdict(story)))
+    if config.tune.own_values_first:
+        study.enqueue_trial(space.own_values(config))
+    return OpenStudy(study, url)
 
 
 def sampler(config: Config, *, trials: int = 0) -> optuna.samplers.BaseSampler:
@@ -139,8 +192,7 @@ def _url(config: Config, folder: RunFolder) -> str:
             f"run.root={config.run.root} is a bucket, where SQLite cannot live; give tune.storage, "
             "an Optuna storage URL such as postgresql://..., or a local run.root"
         )
-    os.makedirs(folder.uri, exist_ok=True)
-    return f"sqlite:///{folder.file('study.db')}"
+    return f"sqlite:///{folder.file(_FILE)}"
 
 
 def _storage(url: str) -> optuna.storages.BaseStorage:
@@ -155,16 +207,14 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
         ) from error
 
 
-def _begin(study: optuna.Study, config: Config, story: Mapping[str, Any], own: Values) -> None:
-    study.set_user_attr(_SWEEP, json.dumps(story))
-    if config.tune.own_values_first:
-        study.enqueue_trial(own)
+def _directions(tune: TuneConfig) -> list[StudyDirection]:
+    """Return Optuna's directions: the score is to be high, the cost low."""
+    high, low = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    return [high] if tune.cost == "none" else [high, low]
 
 
-def _story(config: Config, space: Space, data_sha256: str) -> dict[str, Any]:
-    values = config_to_values(config)
-    values["tune"]["storage"] = ""  # a place, maybe with a password
-    return {"space_sha256": space.sha256, "data_sha256": data_sha256, "config": values}
+def _file_sha256(uri: str) -> str:
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
 
 
 def _refuse_other_root(stored: Mapping[str, Any], config: Config, opened: OpenStudy) -> None:
@@ -177,13 +227,18 @@ def _refuse_other_root(stored: Mapping[str, Any], config: Config, opened: OpenSt
         )
 
 
-def _refuse_changes(stored: Mapping[str, Any], config: Config, story: Mapping[str, Any]) -> None:
+def _refuse_changes(stored: Mapping[str, Any], config: Config, story: Story) -> None:
     before = config_from_values(stored["config"])
     changes = changed_options(before, config)
-    if stored["space_sha256"] != story["space_sha256"]:
+    if stored["space_sha256"] != story.space_sha256:
         changes += _changes_of_space(before.tune, config.tune)
-    if stored.get("data_sha256", story["data_sha256"]) != story["data_sha256"]:
+    if stored["data_sha256"] != story.data_sha256:
         changes.append(f"data.shards: the packed images at {config.data.shards} are others")
+    changes += [
+        f"{f'{key}.weights' if key in config.teachers else key}: the weights there are others"
+        for key, sha256 in stored["weights_sha256"].items()
+        if story.weights_sha256.get(key, sha256) != sha256
+    ]
     for name in option_names():
         section, _, option = name.rpartition(".")
         judged = name.startswith("eval.") and name not in _FREE_EVAL
@@ -212,6 +267,6 @@ def _changes_of_space(before: TuneConfig, now: TuneConfig) -> list[str]:
     if before.space_function or now.space_function:
         lines.append(
             f"tune.space_function: {before.space_function or 'none'} -> "
-            f"{now.space_function or 'none'}, or its text is another"
+            f"{now.space_function or 'none'}; its text, what it asks for or what it sets is another"
         )
     return lines or ["tune.space: other options or ranges"]

@@ -13,6 +13,7 @@ from pcd_ray.config import Config, to_yaml
 from pcd_ray.evaluate.figures import loss_curve
 from pcd_ray.evaluate.report import Figure, Link, Table, render_report
 from pcd_ray.tune.records import TrialRecord, best_trial, trade_offs, trial_name, trial_values
+from pcd_ray.tune.space import epochs_of
 from pcd_ray.tune.study import OpenStudy
 from pcd_ray.tune.sweep_figures import ENOUGH, sweep_figures
 
@@ -131,10 +132,10 @@ def _page_of_unfinished(own: RunFolder, config: Config, record: TrialRecord) -> 
     lines = [line for line in map(json.loads, text.splitlines()) if names.LOSS in line]
     curve = [Figure(loss_curve(lines), _CURVE)] if lines else []
     score = "-" if record.score is None else f"{record.score:.1f}"
-    header = ("option", "value")
+    header, epochs = ("option", "value"), epochs_of(record.values, config)
     return render_report(
         title=f"Sweep {config.run.name}: trial {record.number}, {record.state}",
-        lead=f"It {_ENDS[record.state]} after {record.epochs} of {config.train.epochs} epochs.",
+        lead=f"It {_ENDS[record.state]} after {record.epochs} of {epochs} epochs.",
         tables=[
             Table("Last score", ("", "student"), [(UNITS[config.tune.metric], score)]),
             Table("Options", header, [(n, _short(v)) for n, v in record.values.items()]),

@@ -106,6 +106,7 @@ def test_nothing_listens_to_the_world_and_every_process_asks_for_the_token() -> 
 def test_a_spot_machine_is_drained_on_its_notice(launcher: Any) -> None:
     (watcher,) = (x for x in CLUSTER["worker_start_ray_commands"] if "ray_spot_notice" in x)
     assert watcher.startswith("RAY_AUTH_MODE=token ")
+    assert "flock -n " in watcher, "one for each machine, also when Ray is started again"
     assert watcher.endswith("&"), "the launcher waits for its commands"
     module = re.findall(r"python -m (\S+) --address=\$RAY_HEAD_IP:6379", watcher)[0]
     assert (ROOT / f"{module.replace('.', '/')}.py").is_file()

@@ -9,6 +9,7 @@ from s3_server import ENVIRONMENT
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported; nothing to protect here
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # each run ends seconds earlier
+os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "60000"  # nobody looks at what each process uses
 os.environ.update(ENVIRONMENT)  # of a server in the tests' own process; Ray's processes inherit it
 
 
@@ -27,7 +28,7 @@ def ray_session() -> Iterator[None]:
             # processes that have loaded torch serve the next test too: a run in 25 s, not 41
             _system_config={
                 "num_workers_soft_limit": 16,
-                "idle_worker_killing_time_threshold_ms": 60_000,
+                "idle_worker_killing_time_threshold_ms": 300_000,
             },
         )
         try:

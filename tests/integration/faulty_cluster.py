@@ -1,14 +1,13 @@
 """A cluster on one machine, run as a script: standard input says how its nodes come and go.
 
-It prints its address, then ``done`` after each line it was given: ``add``, ``drain SECONDS`` (the
-oldest node will be taken away in that time) or ``remove`` (it is gone, ungracefully). The head does
-no work, each other node has one CPU. It ends, and all nodes with it, when its input does.
+It prints its address, then an answer to each line it was given: ``done`` to ``add`` and to
+``remove`` (the oldest node is gone, ungracefully), that node's id to ``oldest``. The head does no
+work, each other node has one CPU. It ends, and all nodes with it, when its input does.
 """
 
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 STORE_BYTES = 120_000_000
@@ -27,17 +26,24 @@ class FaultyCluster:
         self.pid = self._process.pid
         self.address = self._answer()
 
-    def tell(self, *words: object) -> None:
+    def tell(self, word: str) -> None:
         """Have a line carried out."""
-        assert self._process.stdin is not None
-        print(*words, file=self._process.stdin, flush=True)
-        assert self._answer() == "done"
+        assert self._asked(word) == "done"
+
+    def oldest(self) -> str:
+        """Return the id of the node that will be removed."""
+        return self._asked("oldest")
 
     def end(self) -> None:
         """End all nodes, the head included."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=300)
+
+    def _asked(self, word: str) -> str:
+        assert self._process.stdin is not None
+        print(word, file=self._process.stdin, flush=True)
+        return self._answer()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -47,9 +53,7 @@ class FaultyCluster:
 
 
 def main(folder: str) -> None:
-    from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,18 +72,15 @@ def main(folder: str) -> None:
     try:
         print(cluster.address, file=answers, flush=True)
         for line in sys.stdin:
-            match line.split():
-                case ["add"]:
+            answer = "done"
+            match line.strip():
+                case "add":
                     nodes.append(cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES))
-                case ["drain", seconds]:
-                    deadline_ms = int((time.time() + float(seconds)) * 1000)
-                    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-                    gcs = GcsClient(address=cluster.address)
-                    accepted, why = gcs.drain_node(nodes[0].node_id, reason, "spot", deadline_ms)
-                    assert accepted, why
-                case ["remove"]:
+                case "oldest":
+                    answer = nodes[0].node_id
+                case "remove":
                     cluster.remove_node(nodes.pop(0), allow_graceful=False)
-            print("done", file=answers, flush=True)
+            print(answer, file=answers, flush=True)
     finally:
         cluster.shutdown()
 

@@ -193,7 +193,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             --autoscaling-config={launcher} --temp-dir={folder}"""
         environment = _environment(home) | {
             "RAY_FAKE_CLUSTER": "1",
-            "PYTHONPATH": str(Path(__file__).parent),  # of the provider
+            # of the provider
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]),
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         }

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from faulty_cluster import FaultyCluster
 from processes import train_workers, wait_for
+from spot_metadata import serving
 from tiny_run import BATCH, NUM_IMAGES, changed, prepare
 
 from pcd_ray.checkpoint import Checkpoint, RunFolder, checkpoint_steps, find_checkpoint
@@ -26,7 +28,7 @@ from pcd_ray.data.shards import open_shards
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 EVENT_S = 300.0  # for one event: on a busy machine Ray's processes get little of it
-NOTICE_S = 10.0  # clouds give half a minute or more
+NOTICE_S = 60.0  # clouds give half a minute or more
 EPOCHS = 8
 STEPS = EPOCHS * NUM_IMAGES // BATCH
 
@@ -222,10 +224,19 @@ def test_a_run_that_loses_worker_driver_machine_and_head_ends_as_if_it_had_not(
 KEPT = "of 1 to 2 workers: the global batch of 4 is kept as"
 
 
+def give_notice(cluster: FaultyCluster) -> None:
+    """Have AWS's metadata service say that a machine goes, and what runs there tell Ray."""
+    watcher = [sys.executable, "-m", "pcd_ray.ray_spot_notice", "--address", cluster.address]
+    with serving() as metadata:
+        metadata.taken = datetime.now(UTC) + timedelta(seconds=NOTICE_S)  # Ray is told half of it
+        watcher += ["--node-id", cluster.oldest(), "--metadata-url", metadata.url]
+        subprocess.run(watcher, check=True, timeout=EVENT_S)
+
+
 def take_a_machine_away_with_notice(command: Command, cluster: FaultyCluster) -> float:
     """Return the seconds from its end until training goes on with the other one."""
     before = train_workers(cluster.pid)
-    cluster.tell("drain", NOTICE_S)
+    give_notice(cluster)
     command.wait_for_words("will be taken away in ")
     (step,) = re.findall(r"will be taken away in \d+ s; step (\d+) is stored", command.said)
     command.wait_until(lambda: not set(before) & set(train_workers(cluster.pid)))

@@ -77,7 +77,7 @@ def test_the_probe_uses_the_features_of_knn(run: str) -> None:
     assert after == before
 
 
-def test_a_network_that_has_diverged_costs_its_own_row_alone(
+def test_a_network_that_has_diverged_costs_itself_alone(
     run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for([run])
@@ -87,18 +87,20 @@ def test_a_network_that_has_diverged_costs_its_own_row_alone(
     file = str(tmp_path / "diverged.safetensors")
     safetensors.torch.save_file({k: v.contiguous() for k, v in huge.items()}, file)
     out = f"eval.out={tmp_path}/out"
-    words = ["eval", "knn", run, f"{file}@{network.timm_name}", out]
+    diverged = f"{file}@{network.timm_name}"
+    words = ["eval", "knn", run, diverged, f"pair:{diverged},{run}", out]
     assert main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    name = f"diverged ({file}), seed 0"
-    assert f"not judged or drawn: {name}" in error
+    names = [f"{row} ({file}), seed 0" for row in ("diverged", "pair")]
+    assert f"not judged or drawn: {names[0]}" in error
     assert "infinite or NaN" in error
     (page,) = (tmp_path / "out").glob("knn-*")
     summary = json.loads((page / "summary.json").read_text())
-    assert [row["student"] for row in summary["table"]] == ["stored"]
-    assert list(summary["failures"]) == [name], "pictures of the others are drawn"
-    assert "infinite or NaN" in summary["failures"][name]
+    assert [row["student"] for row in summary["table"]] == ["stored", "pair"]
+    assert list(summary["failures"]) == names, "pictures of the others are drawn"
+    assert "infinite or NaN" in summary["failures"][names[0]]
     assert (page / "figures" / "pca_maps.png").exists()
+    assert (page / "figures" / "attention_pair.png").exists(), "of the run, which is drawn"
 
 
 def test_what_a_task_dies_of_is_told_in_words() -> None:

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from tiny_run import NUM_IMAGES, STEPS, changed, prepare, write_teacher
 
@@ -29,10 +31,19 @@ class Run:
     plan: RunPlan
     result: TrainResult
     console: str
+    kept: dict[str, bytes]
+    """What lay in the folder after the epoch and must stay as it was."""
 
     @property
     def folder(self) -> RunFolder:
         return RunFolder.of(self.config)
+
+
+KEPT = ("teacher_head.safetensors", "teacher_2_head.safetensors", "references.json")
+
+
+def kept_in(folder: RunFolder) -> dict[str, bytes]:
+    return {name: Path(folder.file(name)).read_bytes() for name in KEPT}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Run:
     del ray_session
     root = tmp_path_factory.mktemp("two")
     prepared = prepare(root)
+    fit = {"dim": 12, "hidden": 24, "images": 20, "views": 3, "steps": 20}
     second = {
         "weights": write_teacher(root / "second.safetensors", seed=1),
         "head": "pca",
@@ -48,17 +60,19 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Run:
         "licence": "CC0-1.0",
         "weight": 0.5,
     }
-    config = changed(prepared, teacher_2=second)
+    alone = changed(prepared, teacher={"head": "contrastive", "fit": fit})
+    config = changed(alone, teacher_2=second)
     plan = dry_run(config)
     with contextlib.redirect_stderr(io.StringIO()) as console:
-        train(changed(config, train={"epochs": 1}))
+        train(changed(config, train={"epochs": 1, "num_workers": 1}))
+        kept = kept_in(RunFolder.of(config))
         result = train(changed(config, run={"allow_changes": True}))
-    return Run(prepared, config, plan, result, console.getvalue())
+    return Run(alone, config, plan, result, console.getvalue(), kept)
 
 
 def test_the_plan_says_what_both_are(run: Run) -> None:
     plan = run.plan.summary()
-    assert (plan["embedding_width"], plan["teacher_2"]["embedding_width"]) == (16, 8)
+    assert (plan["embedding_width"], plan["teacher_2"]["embedding_width"]) == (12, 8)
     assert plan["teacher_2"]["weight"] == 0.5
     assert plan["teacher_2"]["sha256"] == ""  # its head is still to be fitted
     assert plan["loss_grid"] == (4, 4)
@@ -66,14 +80,21 @@ def test_the_plan_says_what_both_are(run: Run) -> None:
 
 
 def test_each_has_its_head_and_its_queue_also_after_a_stop(run: Run) -> None:
+    assert run.console.count("fitting the teacher's 12-wide contrastive head") == 1
+    assert re.search(r"the head finds \d+% of images by another view of them", run.console)
     assert run.console.count("fitting the teacher_2's 8-wide pca head") == 1
     assert f"resumed at step {STEPS // 2} of {STEPS}" in run.console
-    assert not Path(run.folder.fitted_head("teacher")).exists()
-    assert (Path(run.folder.uri) / "teacher_2_head.safetensors").exists()
+    fitted = safetensors.torch.load_file(run.folder.fitted_head("teacher"))
+    assert fitted["3.weight"].shape == (12, 24)
     queues = find_checkpoint(run.folder.uri).state["queues"]
-    assert [queue["negatives"].shape[1] for queue in queues] == [16, 8]
+    assert [queue["negatives"].shape[1] for queue in queues] == [12, 8]
     assert {queue["num_pushed"] for queue in queues} == {2 * NUM_IMAGES}
     assert all(torch.isfinite(queue["negatives"]).all() for queue in queues)
+
+
+def test_what_is_fitted_and_measured_once_is_used_when_the_run_goes_on(run: Run) -> None:
+    assert kept_in(run.folder) == run.kept
+    assert run.console.count("kNN top-1: teacher") == 1
 
 
 def test_the_loss_is_the_weighted_sum_in_every_line(run: Run) -> None:
@@ -87,7 +108,8 @@ def test_the_loss_is_the_weighted_sum_in_every_line(run: Run) -> None:
 def test_checkpoint_export_and_inspection_name_both_with_licence_and_hash(run: Run) -> None:
     about = find_checkpoint(run.folder.uri).about
     assert [about[name]["licence"] for name in ("teacher", "teacher_2")] == ["MIT", "CC0-1.0"]
-    assert inspect(run.folder.uri).facts["teacher_2"]["head"] == "pca"
+    facts = inspect(run.folder.uri).facts
+    assert [facts[name]["head"] for name in ("teacher", "teacher_2")] == ["contrastive", "pca"]
     with safetensors.safe_open(export(run.folder.uri).path, "pt") as file:
         known = file.metadata()
     assert (known["teacher_licence"], known["teacher_2_licence"]) == ("MIT", "CC0-1.0")

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 from processes import wait_for
+from studies import opened_study
 from tiny_run import changed, prepare
 
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
@@ -23,15 +25,14 @@ from pcd_ray.config import Config, config_from_file, to_yaml
 from pcd_ray.data.shards import open_shards
 from pcd_ray.errors import ClusterError, ConfigError
 from pcd_ray.tune.ray_sweep import SweepResult, sweep
-from pcd_ray.tune.space import open_space
-from pcd_ray.tune.study import HISTORY, history_of, open_study
+from pcd_ray.tune.study import HISTORY, history_of
 
 EVENT_S = 400  # a busy machine starts Ray slowly
 SPACE = {"loss.temperature": {"uniform": [0.1, 0.4]}}
 FUNCTION = """
 def space(trial):
     trial.suggest_float("loss.temperature", 0.1, 0.4)
-    if trial.number == 1:
+    if trial.number == 0:
         return {"optim.base_lr": 1e30}
 """
 
@@ -55,45 +56,50 @@ def swept(config: Config) -> tuple[SweepResult, str]:
     return result, console.getvalue()
 
 
-def test_a_sweep_leaves_its_best_run_as_a_file_and_a_failing_trial_stops_nothing(
-    prepared: Config, tmp_path: Path
-) -> None:
-    (tmp_path / "space.py").write_text(FUNCTION)
-    tune = {"space": {}, "space_function": f"{tmp_path}/space.py:space", "trials": 3}
-    config = searching(prepared, "failing", tune=tune | {"cost": "training_s"})
-    result, console = swept(config)
+@dataclass(frozen=True, slots=True)
+class Sitting:
+    """A sweep of two trials, the first of which fails, and what was said."""
 
-    assert [trial.state for trial in result.trials] == ["finished", "failed", "finished"]
-    assert "not finite" in result.trials[1].reason
-    assert "trial 1 failed: the loss is not finite" in console
-    assert result.trials[0].values == {"loss.temperature": config.loss.temperature}
-    folder = Path(result.path)
+    config: Config
+    result: SweepResult
+    console: str
+
+    @property
+    def trials(self) -> Path:
+        return Path(self.result.path) / "trials"
+
+
+@pytest.fixture(scope="module")
+def first(prepared: Config, tmp_path_factory: pytest.TempPathFactory) -> Sitting:
+    function = tmp_path_factory.mktemp("function") / "space.py"
+    function.write_text(FUNCTION)
+    tune = {"space": {}, "space_function": f"{function}:space", "trials": 2, "cost": "training_s"}
+    config = searching(prepared, "first", tune=tune, train={"epochs": 6})
+    return Sitting(config, *swept(config))
+
+
+def test_a_sweep_leaves_its_best_run_as_a_file_and_a_failing_trial_stops_nothing(
+    first: Sitting,
+) -> None:
+    result, folder = first.result, Path(first.result.path)
+    assert [trial.state for trial in result.trials] == ["failed", "finished"]
+    assert "not finite" in result.trials[0].reason
+    assert "trial 0 failed: the loss is not finite" in first.console
+    own = {"loss.temperature": first.config.loss.temperature}
+    assert result.trials[0].values == own | {"optim.base_lr": 1e30}
     rows = list(csv.DictReader((folder / "trials.csv").open()))
-    assert [row["state"] for row in rows] == ["finished", "failed", "finished"]
+    assert [row["state"] for row in rows] == ["failed", "finished"]
     best = config_from_file(result.best_config)
-    number = result.best["trial"]
-    summary = json.loads((folder / f"trials/trial_{number:04d}/summary.json").read_text())
+    assert result.best["trial"] == 1
+    summary = json.loads((first.trials / "trial_0001/summary.json").read_text())
     assert summary["knn_top1"]["student"] == pytest.approx(result.best["score"])
-    stored = config_from_file(str(folder / f"trials/trial_{number:04d}/config.yaml"))
+    stored = config_from_file(str(first.trials / "trial_0001/config.yaml"))
     assert best.loss == stored.loss
     assert len(list((folder / "references").glob("knn_*.json"))) == 2  # teacher and untrained
     page = (folder / "report.html").read_text()
-    assert f'href="trials/trial_{number:04d}/report.html"' in page
+    assert 'href="trials/trial_0001/report.html"' in page
     assert not (folder / "ray_tune").exists()
-    assert set(result.trade_offs) <= {0, 2}
-
-    more = changed(config, tune={**_tune(config), "trials": 4})
-    again, console = swept(more)
-    assert [trial.number for trial in again.trials] == [0, 1, 2, 3]
-    assert "3 of 4 trials are over, 1 to go" in console
-    assert "trial 0" not in console.split("to go")[1].split("trial  ")[0]
-
-
-def _tune(config: Config) -> dict[str, Any]:
-    from pcd_ray.config import config_to_values
-
-    values: dict[str, Any] = config_to_values(config.tune)
-    return values
+    assert result.trade_offs == [1]
 
 
 @pytest.mark.slow
@@ -107,8 +113,7 @@ def test_a_trial_that_is_stopped_early_frees_what_it_reserved(
         train={"epochs": 40, "cpus_per_worker": 1.2},
         tune={"trials": 8, "scheduler": "asha", "own_values_first": False},
     )
-    images = open_shards(config.data.shards).content_hash
-    opened = open_study(config, open_space(config), RunFolder.of(config), data_sha256=images)
+    opened = opened_study(config, data_sha256=open_shards(config.data.shards).content_hash)
     for number in range(6):  # better than any real trial can be at the first rung
         opened.study.add_trial(
             create_trial(
@@ -142,35 +147,39 @@ def start(config: Config, folder: Path) -> "subprocess.Popen[str]":
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_repeats_no_trial_and_loses_no_checkpoint(
-    prepared: Config, tmp_path: Path
+    first: Sitting, tmp_path: Path
 ) -> None:
-    config = searching(prepared, "killed", tune={"trials": 2}, train={"epochs": 6})
-    trials = Path(RunFolder.of(config).file("trials"))
-    second = RunFolder(str(trials / "trial_0001"))
-
+    config = changed(first.config, tune={"trials": 3})
+    third = RunFolder(str(first.trials / "trial_0002"))
     driver = start(config, tmp_path)
     try:
-        measured = Path(second.file("metrics.jsonl"))
-        wait_for(lambda: bool(checkpoint_steps(second)) and measured.exists(), timeout_s=EVENT_S)
+        measured = Path(third.file("metrics.jsonl"))
+        wait_for(lambda: bool(checkpoint_steps(third)) and measured.exists(), timeout_s=EVENT_S)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.communicate()
-    study = optuna.load_study(study_name="killed", storage=f"sqlite:///{trials.parent}/study.db")
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
-    step, values = checkpoint_steps(second)[-1], study.trials[1].params
+    study = optuna.load_study(study_name="first", storage=f"sqlite:///{first.result.path}/study.db")
+    over = [TrialState.FAIL, TrialState.COMPLETE]
+    assert [trial.state for trial in study.trials] == [*over, TrialState.RUNNING]
+    step, values = checkpoint_steps(third)[-1], study.trials[2].params
     lines = [x for x in measured.read_text().splitlines() if json.loads(x)["step"] <= step]
     assert lines
-    summary = (trials / "trial_0000" / "summary.json").stat().st_mtime_ns
+    before = written(first.trials / "trial_0000") | written(first.trials / "trial_0001")
 
     again = start(config, tmp_path)
     _, said = again.communicate(timeout=EVENT_S)
     assert again.returncode == 0, said
-    assert (trials / "trial_0000" / "summary.json").stat().st_mtime_ns == summary
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
-    assert study.trials[1].params == values
+    assert written(first.trials / "trial_0000") | written(first.trials / "trial_0001") == before
+    assert [trial.state for trial in study.trials] == [*over, TrialState.COMPLETE]
+    assert study.trials[2].params == values
     # with the timings of the killed sitting: these steps were not done again
     assert measured.read_text().splitlines()[: len(lines)] == lines
-    assert "1 of 2 trials are over, 1 to go" in said
+    assert "2 of 3 trials are over, 1 to go" in said
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """Return when each file was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -203,4 +212,5 @@ def test_what_no_trial_could_run_with_is_refused_before_one_starts(
     config = searching(prepared, f"refused{abs(hash(message))}", **sections)
     with pytest.raises(kind, match=message):
         sweep(config)
-    assert not Path(RunFolder.of(config).file("trials")).exists()
+    # nothing is stored that the corrected command would have to agree with
+    assert list(Path(RunFolder.of(config).uri).glob("*")) == []

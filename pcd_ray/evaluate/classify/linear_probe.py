@@ -1,8 +1,10 @@
 """Linear classifiers on frozen features, all learning rates of a sweep trained side by side.
 
-One pass over the images trains two classifiers for each rate: one that never sees the held-out
-share of the training images, by which the rate is chosen, and one that sees all of them, which is
-reported. No test image takes part. Cached and augmented features go the same way.
+One pass over the images trains two classifiers for each rate: one that takes no step on the
+held-out share of the training images, by which the rate is chosen, and one that is trained on all
+of them, which is reported. Both standardise features alike, by mean and variance over all training
+images, held-out ones included: those know no label. No test image takes part. Cached and augmented
+features go the same way.
 
 Shapes: N training images, B images per step, C channels, L classes, R rates, S = 2R classifiers.
 """
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcd_ray.data.plan import EpochPlan
-from pcd_ray.errors import ShardError
+from pcd_ray.errors import ShardError, TrainingError
 from pcd_ray.evaluate.features import check_finite
 from pcd_ray.seeds import derive_seed
 
@@ -75,9 +77,12 @@ class LinearProbe:
     """Trained on all training images at the rate chosen."""
     base_lr: float
     held_out_top1_pct: dict[float, float]
-    """Rate -> top-1 of the classifiers that did not see the held-out images, on these."""
+    """Rate -> top-1 of the classifiers that were not trained on the held-out images, on these;
+    without those that diverged."""
     at_edge: bool
     """The rate is the smallest or largest of several: a better one may lie beyond."""
+    diverged: tuple[float, ...]
+    """Rates whose classifiers are infinite or NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ class ProbeTask:
     labels: Tensor  # (L,) int64, sorted
     targets: Tensor  # (N,) int64 in [0, L)
     held_out: Tensor  # (N,) bool
-    mean: Tensor  # (C,)
+    mean: Tensor  # (C,), over all training images
     std: Tensor  # (C,)
 
     @classmethod
@@ -137,7 +142,7 @@ class ProbeTask:
 
 @dataclass(slots=True)
 class ProbeState:
-    """S classifiers in training: first those that see no held-out image, then those that do."""
+    """S classifiers in training: first those of no held-out image, then those of all images."""
 
     weight: Tensor  # (C, S, L)
     bias: Tensor  # (S, L)
@@ -184,7 +189,7 @@ def fit_cached(
 
     Raises:
         ShardError: fewer than two classes.
-        TrainingError: a feature is infinite or NaN.
+        TrainingError: a feature is infinite or NaN, or training diverges at all rates.
     """
     task = ProbeTask.of(features, labels, settings)
     state = ProbeState.new(task, device)
@@ -200,20 +205,36 @@ def chosen(task: ProbeTask, state: ProbeState, features: Tensor) -> LinearProbe:
         task: what was learned.
         state: after the last step.
         features: (N, C) of the training images' centre crops.
+
+    Raises:
+        TrainingError: training has diverged at all rates.
     """
     rates = task.settings.base_lrs
     held_out, targets = features[task.held_out], task.targets[task.held_out]
-    judged = []
+    judged: dict[float, tuple[float, float]] = {}
     for place, rate in enumerate(rates):
-        apart = _classifier(task, state, place)
-        top1 = 100 * float(apart.hits(held_out, task.labels[targets], top=1).double().mean())
-        judged.append((top1, -_loss(apart, held_out, targets), rate))
-    best = max(range(len(rates)), key=lambda place: judged[place][:2])
+        apart, whole = (_classifier(task, state, at) for at in (place, len(rates) + place))
+        losses = [_loss(each, held_out, targets) for each in (apart, whole)]
+        if all(map(math.isfinite, losses)):
+            top1 = 100 * float(apart.hits(held_out, task.labels[targets], top=1).double().mean())
+            judged[rate] = top1, -losses[0]
+    if not judged:
+        raise TrainingError(_diverged(task.settings))
+    best = max(judged, key=lambda rate: judged[rate])
     return LinearProbe(
-        _classifier(task, state, len(rates) + best),
-        base_lr=rates[best],
-        held_out_top1_pct={rate: top1 for top1, _, rate in judged},
-        at_edge=len(rates) > 1 and rates[best] in (min(rates), max(rates)),
+        _classifier(task, state, len(rates) + rates.index(best)),
+        base_lr=best,
+        held_out_top1_pct={rate: top1 for rate, (top1, _) in judged.items()},
+        at_edge=len(rates) > 1 and best in (min(rates), max(rates)),
+        diverged=tuple(rate for rate in rates if rate not in judged),
+    )
+
+
+def _diverged(settings: LinearSettings) -> str:
+    fix = "" if settings.standardise else ", or set eval.linear.standardise=true"
+    return (
+        f"eval.linear.base_lrs={list(settings.base_lrs)}: the linear probe diverges at each of "
+        f"these rates, its weights or losses are infinite or NaN; give smaller ones{fix}"
     )
 
 
@@ -272,7 +293,9 @@ def _classifier(task: ProbeTask, state: ProbeState, place: int) -> LinearClassif
 
 
 def _loss(classifier: LinearClassifier, features: Tensor, targets: Tensor) -> float:
-    """Return the mean cross-entropy in nats."""
+    """Return the mean cross-entropy in nats; NaN where the classifier itself is not finite."""
+    if not (classifier.weight.isfinite().all() and classifier.bias.isfinite().all()):
+        return math.nan  # a class of -inf alone would cost nothing
     total = 0.0
     for rows, truth in zip(
         features.split(_IMAGES_PER_CHUNK), targets.split(_IMAGES_PER_CHUNK), strict=True

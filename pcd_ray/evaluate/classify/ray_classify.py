@@ -115,7 +115,7 @@ def judge_linear(
         ``linear_top1`` and, of more than five classes, ``linear_top5`` in percent, with intervals.
 
     Raises:
-        PcdError: as `store_features`.
+        PcdError: as `store_features`, or training diverges at all rates.
     """
     sets = _store_sets(network, data, config, folder=place.shared, device=device)
     settings = linear_settings(config.eval.linear, seed=seed)
@@ -261,12 +261,20 @@ def _judged(probe: LinearProbe, work: _Work) -> tuple[_Hits, dict[str, Any]]:
         "base_lr": probe.base_lr,
         "held_out_top1_pct": {str(rate): top1 for rate, top1 in probe.held_out_top1_pct.items()},
     }
+    if notes := list(_notes(probe)):
+        about["notes"] = notes
+    return hits, about
+
+
+def _notes(probe: LinearProbe) -> Iterator[str]:
     if probe.at_edge:
-        about["notes"] = [
+        yield (
             f"the chosen rate {probe.base_lr:g} is the smallest or largest of "
             "eval.linear.base_lrs; try rates beyond it"
-        ]
-    return hits, about
+        )
+    if probe.diverged:
+        rates = ", ".join(f"{rate:g}" for rate in probe.diverged)
+        yield f"training diverged at {rates} of eval.linear.base_lrs, which could not be chosen"
 
 
 def _scores(

@@ -1,11 +1,10 @@
 """One annotation of a COCO json file, checked against its image."""
 
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from pcd_ray.evaluate.detect.detection_masks import Segmentation, area_of, parse_segmentation
 
@@ -32,12 +31,12 @@ def annotation_of(
     """Return an annotation, its box clipped; None, counted, where nothing of it can be used.
 
     Raises:
-        ValueError: the box or the mask is wrong.
+        ValueError: the box, the area or the mask is wrong, or whether it is a crowd.
     """
     box = _box(item.get("bbox"), width, height, counts)
     if box is None:
         return None
-    crowd = bool(item.get("iscrowd", 0))
+    crowd = _crowd(item.get("iscrowd"))
     mask = parse_segmentation(item.get("segmentation"), height=height, width=width)
     if mask is None and masks:
         if not item.get("segmentation"):
@@ -45,11 +44,11 @@ def annotation_of(
         counts[WITHOUT_MASK] += 1
         return None
     left, top, right, bottom = box
-    area = item.get("area")
+    area = _area(item.get("area"))
     if area is None:
         whole = (right - left) * (bottom - top)
         area = whole if mask is None else area_of(mask, height=height, width=width)
-    return Annotation(box, item["category_id"], crowd, float(area), mask)
+    return Annotation(box, item["category_id"], crowd, area, mask)
 
 
 def _box(
@@ -60,8 +59,10 @@ def _box(
     Raises:
         ValueError: it is no box, or lies outside its image.
     """
-    if not isinstance(given, list) or len(given) != 4 or not _finite(given):
-        raise ValueError(f"bbox={given!r} is not [left, top, width, height] in pixels")
+    if not isinstance(given, list) or len(given) != 4 or not all(map(_is_finite, given)):
+        raise ValueError(
+            f"bbox={_shown(given)} is not [left, top, width, height] in pixels, four finite numbers"
+        )
     left, top, right, bottom = given[0], given[1], given[0] + given[2], given[1] + given[3]
     if right <= left or bottom <= top:
         counts[DEGENERATE] += 1
@@ -73,8 +74,37 @@ def _box(
     return max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom)
 
 
-def _finite(values: Sequence[Any]) -> bool:
-    try:
-        return bool(np.isfinite(np.array(values, np.float64)).all())
-    except (TypeError, ValueError):
-        return False
+def _crowd(given: Any) -> bool:
+    """Return whether it is a crowd; nothing said is no.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    if given not in (None, 0, 1):
+        raise ValueError(f"iscrowd={_shown(given)} is neither 0 nor 1")
+    return bool(given)
+
+
+def _area(given: Any) -> float | None:
+    """Return an area; None: none is given.
+
+    Raises:
+        ValueError: it is no number of pixels.
+    """
+    if given is None:
+        return None
+    if not _is_finite(given) or given < 0:
+        raise ValueError(
+            f"area={_shown(given)} is no finite number of pixels from 0; without an area it is "
+            "computed"
+        )
+    return float(given)
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether it is a finite number: text is none, nor is true."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"

@@ -11,7 +11,7 @@ Shapes: N annotations of an image, crowds included.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,10 +227,8 @@ def _open_split(
     uris = _image_uris(file, folder, record["images"])
     marked: dict[int, list[dict[str, Any]]] = {item["id"]: [] for item in record["images"]}
     for item in record["annotations"]:
-        if item.get("image_id") not in marked:
-            raise damaged(item["id"], file, f"there is no image {item.get('image_id')!r}")
-        if item.get("category_id") not in label_of:
-            raise damaged(item["id"], file, f"there is no category {item.get('category_id')!r}")
+        for key, known in (("image", marked), ("category", label_of)):
+            _check_known(file, item, key, known)
         marked[item["image_id"]].append(item)
     counts: Counter[str] = Counter()
     images = tuple(
@@ -240,6 +238,15 @@ def _open_split(
     name = storage.name_of(file)
     notes = tuple(f"{name}: {count:,} {what}" for what, count in sorted((+counts).items()))
     return DetectionSplit(file, images, notes)
+
+
+def _check_known(file: str, item: Mapping[str, Any], key: str, known: Container[int]) -> None:
+    """Refuse an annotation of no image or category of its file."""
+    id_ = item.get(f"{key}_id")
+    if type(id_) is not int:  # true and 1.0 would pass for 1
+        raise damaged(item["id"], file, f"{key}_id={id_!r:.80} is no whole number")
+    if id_ not in known:
+        raise damaged(item["id"], file, f"there is no {key} {id_}")
 
 
 def _image_uris(file: str, folder: str, images: Sequence[Mapping[str, Any]]) -> dict[int, str]:

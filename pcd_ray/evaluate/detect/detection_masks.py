@@ -25,6 +25,8 @@ Segmentation = Polygons | RunLengths | None
 
 Bitmap = NDArray[np.uint8]
 
+_FAR_SIDES = 10  # long sides of an image: filling an outline takes memory along its whole length
+
 
 def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
     """Return the segmentation of a COCO annotation, checked; None where it holds none.
@@ -40,15 +42,33 @@ def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
         return _parse_run_lengths(given, height=height, width=width)
     if not isinstance(given, list) or not all(isinstance(outline, list) for outline in given):
         raise ValueError("its segmentation is neither polygons nor a run-length code")
-    try:
-        outlines = [np.array(outline, np.float64) for outline in given]
-    except (TypeError, ValueError):
-        raise ValueError("its polygons hold something else than numbers") from None
+    outlines = [_outline(outline) for outline in given]
     if any(outline.ndim != 1 or len(outline) % 2 for outline in outlines):
         raise ValueError("a polygon of it has an odd count of numbers, not x, y, x, y, ...")
     if not all(np.isfinite(outline).all() for outline in outlines):
         raise ValueError("a polygon of it has a coordinate that is not finite")
+    far = _FAR_SIDES * max(height, width)
+    if any(abs(outline).max(initial=0) > far for outline in outlines):
+        raise ValueError(
+            f"a polygon of it reaches more than {far} px away from its image of {width} x {height} "
+            "px"
+        )
     return tuple(outline.reshape(-1, 2) for outline in outlines if len(outline) >= 6) or None
+
+
+def _outline(given: list[Any]) -> NDArray[np.float64]:
+    """Return an outline's numbers; text is none, nor is true.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        outline = np.array(given)
+    except ValueError:  # lists of unlike length
+        outline = np.array(None)
+    if outline.dtype.kind not in "if":
+        raise ValueError("its polygons hold something else than numbers")
+    return outline.astype(np.float64)
 
 
 def _parse_run_lengths(given: dict[str, Any], *, height: int, width: int) -> RunLengths:

@@ -92,7 +92,8 @@ class ImageCounts:
 
         The classes are those of the whole split in every draw: one that the draw holds no true
         pixel of has its value over the split, since the draw says nothing of it. Left out, it
-        would move the mean by as much as it differs from the others.
+        would move the mean by as much as it differs from the others. A draw of void images alone
+        says nothing of any class, and has the split's ``aacc`` too.
 
         Args:
             times: how often each image was drawn, (R, N) float64.
@@ -108,7 +109,7 @@ class ImageCounts:
         return {
             "miou": iou.nanmean(dim=1),
             "macc": accuracy.nanmean(dim=1),
-            "aacc": 100 * right.sum(dim=1) / truth.sum(dim=1),
+            "aacc": torch.where(truth.sum(dim=1) > 0, _overall(right, truth), _overall(*whole[:2])),
         }
 
     def _totals(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +118,11 @@ class ImageCounts:
             times @ counts.double() for counts in (self.right, self.truth, self.predicted)
         )
         return right, truth, predicted
+
+
+def _overall(right: Tensor, truth: Tensor) -> Tensor:
+    """Return the share of all pixels that are right, in percent, (R,); 0 / 0 is NaN."""
+    return 100 * right.sum(dim=1) / truth.sum(dim=1)
 
 
 def _by_class(right: Tensor, truth: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:

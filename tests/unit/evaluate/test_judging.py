@@ -1,10 +1,12 @@
 """Parts that are done are not done again; one that fails costs itself alone."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_run import store_run
 from tiny import tiny_config
 
 from pcd_ray.config import Config
@@ -20,6 +22,7 @@ from pcd_ray.evaluate.judging import (
     store_scores,
     stored_scores,
 )
+from pcd_ray.evaluate.ray_eval import shown_networks
 from pcd_ray.evaluate.scores import Scores
 from pcd_ray.evaluate.students import Row, open_rows
 
@@ -184,6 +187,21 @@ def test_each_training_that_fails_has_its_own_reason(
     assert estimated.basis == "2 trainings, 1 of 3 trainings missing"
 
 
+def test_a_row_is_shown_by_its_first_network_that_has_scores(
+    tmp_path: Path, labelled: str, config: Config
+) -> None:
+    run = store_run(tmp_path, 3)[0].uri
+    rows = open_rows(
+        [f"late:untrained@1,{run}", f"early:{run},untrained@1", "bad:untrained@1"], config
+    )
+    judge = Counting(fails="seed 1")
+    measured, _ = judged(kind_of(judge, labelled, draws=False), rows, config, tmp_path / "out")
+    shown = shown_networks(rows, measured)
+    assert [(network.label, run_of) for network, run_of in shown] == [("late", run), ("early", run)]
+    assert shown[0][0] is rows[0].networks[1]
+    assert shown[1][0] is rows[1].networks[0]
+
+
 def test_features_are_shared_by_seeds_and_kinds(
     tmp_path: Path, labelled: str, config: Config, rows: list[Row]
 ) -> None:
@@ -230,6 +248,8 @@ def test_scores_come_back_whole(tmp_path: Path) -> None:
     )
     store_scores(str(tmp_path), scores)
     assert stored_scores(str(tmp_path)) == scores
+    store_scores(str(tmp_path), replace(scores, intervals={"miou": (10.0, float("nan"))}))
+    assert stored_scores(str(tmp_path)) is None, "of an older version: it is judged again"
     (tmp_path / "scores.json").write_text('{"values": 3')
     assert stored_scores(str(tmp_path)) is None
     assert stored_scores(str(tmp_path / "absent")) is None

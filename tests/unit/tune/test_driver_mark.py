@@ -13,7 +13,6 @@ import optuna
 import pytest
 from tiny import tiny_config
 
-from pcd_ray.config import Config
 from pcd_ray.errors import ConfigError
 from pcd_ray.tune import ray_sweep
 from pcd_ray.tune.driver_mark import REFRESH_S, STALE_S, DriverMark, Process
@@ -152,13 +151,14 @@ def test_a_sweep_runs_with_its_mark_and_refuses_to_beside_another(
 ) -> None:
     ran: list[OpenStudy] = []
 
-    def run(_: Config, __: Any, ___: Any, opened: OpenStudy, mark: DriverMark) -> None:
-        del mark
+    def run(*given: Any) -> None:
+        opened = given[3]
         ran.append(opened)
         with pytest.raises(ConfigError, match="another driver"):
             DriverMark(opened, Process.of(other.pid)).take()
 
     monkeypatch.setattr(ray_sweep, "_run", run)
+    monkeypatch.setattr(ray_sweep, "_checked", lambda _: None)  # of a cluster that is not there
     monkeypatch.setattr(ray_sweep, "open_shards", lambda _: SimpleNamespace(content_hash="a"))
     monkeypatch.setattr(ray_sweep, "check_outlives_job", lambda *_: None)
     config = tiny_config(

@@ -80,6 +80,7 @@ def test_a_sweep_searches_relative_weights_where_its_command_was_given(
     ran: list[Config] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ray_sweep, "_run", lambda config, *_: ran.append(config))
+    monkeypatch.setattr(ray_sweep, "_checked", lambda _: None)  # of a cluster that is not there
     monkeypatch.setattr(ray_sweep, "open_shards", lambda _: SimpleNamespace(content_hash="a"))
     monkeypatch.setattr(ray_sweep, "check_outlives_job", lambda *_: None)
     for name in "ab":

@@ -4,21 +4,19 @@ import io
 from pathlib import Path
 from types import SimpleNamespace
 
+from studies import opened_study
 from tiny import tiny_config
 
-from pcd_ray.checkpoint import RunFolder
 from pcd_ray.tune.driver_mark import DriverMark
 from pcd_ray.tune.ray_progress import Progress
-from pcd_ray.tune.ray_search import NUMBER, VALUES
-from pcd_ray.tune.space import open_space
-from pcd_ray.tune.study import open_study
+from pcd_ray.tune.ray_search import EPOCH, NUMBER, SCORE, VALUES
 
 SPACE = {"loss.temperature": {"log": [0.03, 0.5]}}
 
 
 def test_files_that_cannot_be_written_are_a_warning_while_trials_go_on(tmp_path: Path) -> None:
     config = tiny_config(run={"root": str(tmp_path), "name": "s"}, tune={"space": SPACE})
-    opened = open_study(config, open_space(config), RunFolder.of(config), data_sha256="a" * 64)
+    opened = opened_study(config)
     opened.study.ask()
     console = io.StringIO()
 
@@ -30,3 +28,17 @@ def test_files_that_cannot_be_written_are_a_warning_while_trials_go_on(tmp_path:
     progress.on_trial_complete(0, [], trial)
     progress.on_trial_error(0, [], trial)
     assert console.getvalue().count("could not be written (no panels); trials go on") == 2
+
+
+def test_an_epoch_is_told_of_those_that_the_trial_has(tmp_path: Path) -> None:
+    space = {"train.epochs": {"choice": [2, 7]}}
+    config = tiny_config(run={"root": str(tmp_path), "name": "s"}, tune={"space": space})
+    opened, console = opened_study(config), io.StringIO()
+    progress = Progress(config, opened, DriverMark(opened), lambda: None, console)
+    for values in ({"train.epochs": 7}, {}):
+        trial = SimpleNamespace(config={NUMBER: 0, VALUES: values})
+        progress.on_trial_result(0, [], trial, {SCORE: 12.0, EPOCH: 1})
+    assert console.getvalue().splitlines() == [
+        "trial 0: epoch 1 of 7 knn_top1 12.0",
+        f"trial 0: epoch 1 of {config.train.epochs} knn_top1 12.0",
+    ]

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from optuna.trial import TrialState
+from studies import opened_study
 from tiny import tiny_config
 
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.tune.ray_search import COST, EPOCH, FINISHED, SCORE, StudySearch, reason_file
 from pcd_ray.tune.records import records_of
 from pcd_ray.tune.space import open_space
-from pcd_ray.tune.study import open_study
 from pcd_ray.tune.sweep_report import write_sweep_report
 
 SPACE = {"loss.temperature": {"log": [0.03, 0.5]}, "student.mhsa.depth": {"choice": [0, 1, 2]}}
@@ -19,7 +19,7 @@ SPACE = {"loss.temperature": {"log": [0.03, 0.5]}, "student.mhsa.depth": {"choic
 def test_stopped_and_failed_trials_have_pages_too(tmp_path: Path) -> None:
     config = tiny_config(run={"root": str(tmp_path), "name": "s"}, tune={"space": SPACE})
     folder, space = RunFolder.of(config), open_space(config)
-    opened = open_study(config, space, folder, data_sha256="a" * 64)
+    opened = opened_study(config)
     search = StudySearch(opened, space, config, folder.file("trials"))
     for trial_id in "abcde":
         search.suggest(trial_id)
@@ -57,7 +57,7 @@ def test_stopped_and_failed_trials_have_pages_too(tmp_path: Path) -> None:
 def test_a_trial_whose_lines_hold_nothing_to_draw_has_a_page(tmp_path: Path) -> None:
     config = tiny_config(run={"root": str(tmp_path), "name": "s"}, tune={"space": SPACE})
     folder, space = RunFolder.of(config), open_space(config)
-    opened = open_study(config, space, folder, data_sha256="a" * 64)
+    opened = opened_study(config)
     search = StudySearch(opened, space, config, folder.file("trials"))
     search.suggest("a")
     own = tmp_path / "s" / "trials" / "trial_0000"

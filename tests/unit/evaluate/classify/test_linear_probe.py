@@ -90,6 +90,13 @@ def test_each_classifier_is_what_torch_trains_on_its_images(sees_all: bool) -> N
         torch.testing.assert_close(state.bias[mine], model.bias, rtol=1e-4, atol=1e-5)
 
 
+def test_all_training_images_set_the_statistics_for_both_classifiers() -> None:
+    train, labels = labelled(150, seed=0)
+    task = ProbeTask.of(train, labels, SETTINGS)
+    torch.testing.assert_close(task.mean, train.mean(0))
+    torch.testing.assert_close(task.std, train.std(0, correction=0))
+
+
 def test_labels_of_held_out_images_move_the_choice_alone() -> None:
     train, labels = labelled(150, seed=0)
     task = ProbeTask.of(train, labels, SETTINGS)
@@ -115,6 +122,31 @@ def test_the_rate_chosen_is_the_best_on_held_out_images_and_said_when_at_the_edg
         train, labels, replace(settings, base_lrs=(1e-9, 0.1, 1e9)), device=CPU
     ).at_edge
     assert not fit_cached(train, labels, replace(settings, base_lrs=(0.1,)), device=CPU).at_edge
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_rate_that_diverges_is_never_chosen(value: float, half: int) -> None:
+    train, labels = labelled(150, seed=0)
+    task = ProbeTask.of(train, labels, SETTINGS)
+    state = _trained(train, labels, SETTINGS)
+    state.weight.neg_()  # the finite ones are as wrong as they can be
+    state.bias.neg_()
+    state.weight[:, half * len(SETTINGS.base_lrs), 1] = value
+    probe = chosen(task, state, train)
+    assert probe.base_lr in (0.1, 1.0)
+    assert (list(probe.held_out_top1_pct), probe.diverged) == ([0.1, 1.0], (0.01,))
+    assert bool(probe.classifier.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_a_probe_that_diverges_at_all_rates_is_refused(standardise: bool) -> None:
+    train, labels = labelled(150, seed=0)
+    settings = replace(SETTINGS, base_lrs=(2e38, 3e38), standardise=standardise)
+    fix = "" if standardise else r", or set eval\.linear\.standardise=true"
+    message = rf"eval\.linear\.base_lrs=\[2e\+38, 3e\+38\]: .* diverges .* give smaller ones{fix}$"
+    with pytest.raises(TrainingError, match=message):
+        fit_cached(train, labels, settings, device=CPU)
 
 
 def test_equal_seeds_give_equal_probes_and_others_do_not() -> None:

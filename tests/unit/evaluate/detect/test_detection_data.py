@@ -138,6 +138,68 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda r: r["images"][0].pop("width"),
         r"image 100 is None x 64 px; give width and height",
     ),
+    "text as box": (
+        lambda r: r["annotations"][0].update(bbox=["1", "2", "3", "4"]),
+        r"train.json: annotation 0: bbox=\['1', '2', '3', '4'\] is not \[left, top, width, "
+        r"height\] in pixels, four finite numbers; mend or remove it",
+    ),
+    "truth as box": (
+        lambda r: r["annotations"][0].update(bbox=[True, 2, 3, 4]),
+        r"annotation 0: bbox=\[True, 2, 3, 4\] is not \[left",
+    ),
+    "huge box": (
+        lambda r: r["annotations"][0].update(bbox=[1, 2, 10**400, 4]),
+        r"annotation 0: bbox=\[1, 2, 10{60,} is not \[left",
+    ),
+    "no number as area": (
+        lambda r: r["annotations"][0].update(area=float("nan")),
+        r"annotation 0: area=nan is no finite number of pixels from 0; without an area it is "
+        r"computed; mend",
+    ),
+    "infinite area": (
+        lambda r: r["annotations"][0].update(area=float("inf")),
+        r"annotation 0: area=inf is no finite number",
+    ),
+    "negative area": (
+        lambda r: r["annotations"][0].update(area=-1),
+        r"annotation 0: area=-1 is no finite number of pixels from 0",
+    ),
+    "list as area": (
+        lambda r: r["annotations"][0].update(area=[12]),
+        r"annotation 0: area=\[12\] is no finite number",
+    ),
+    "text as area": (
+        lambda r: r["annotations"][0].update(area="12"),
+        r"annotation 0: area='12' is no finite number",
+    ),
+    "list as image id": (
+        lambda r: r["annotations"][0].update(image_id=[100]),
+        r"train.json: annotation 0: image_id=\[100\] is no whole number; mend or remove it",
+    ),
+    "fraction as image id": (
+        lambda r: r["annotations"][0].update(image_id=100.0),
+        r"annotation 0: image_id=100.0 is no whole number",
+    ),
+    "mapping as category": (
+        lambda r: r["annotations"][1].update(category_id={"id": 3}),
+        r"annotation 1: category_id=\{'id': 3\} is no whole number; mend or remove it",
+    ),
+    "truth as category": (
+        lambda r: r["annotations"][0].update(category_id=True),
+        r"annotation 0: category_id=True is no whole number",
+    ),
+    "text as crowd": (
+        lambda r: r["annotations"][0].update(iscrowd="0"),
+        r"annotation 0: iscrowd='0' is neither 0 nor 1; mend or remove it",
+    ),
+    "text as polygon": (
+        lambda r: r["annotations"][0].update(segmentation=[["1", "2", "9", "2", "9", "9"]]),
+        r"annotation 0: its polygons hold something else than numbers",
+    ),
+    "far polygon": (
+        lambda r: r["annotations"][0].update(segmentation=[[1, 2, 1e9, 2, 9, 9]]),
+        r"annotation 0: a polygon of it reaches more than 960 px away from its image of 96 x 64 px",
+    ),
     "no list": (lambda r: r.pop("annotations"), r"has no list 'annotations'; a COCO file has one"),
     "no id": (lambda r: r["images"][0].update(id="a"), r"in 'images' has no whole number as id"),
 }

@@ -1,11 +1,14 @@
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torchmetrics import JaccardIndex
 
 from pcd_ray.errors import ShardError
-from pcd_ray.evaluate.segment.confusion import confusion_matrix, score_of
+from pcd_ray.evaluate.scores import bootstrap_interval
+from pcd_ray.evaluate.segment.confusion import ImageCounts, confusion_matrix, score_of
 
 
 def test_scores_of_a_matrix_worked_out_by_hand() -> None:
@@ -49,3 +52,19 @@ def test_miou_equals_torchmetrics(seed: int) -> None:
 def test_masks_without_a_labelled_pixel_are_refused() -> None:
     with pytest.raises(ShardError, match="0 labelled pixels; label some"):
         score_of(torch.zeros(2, 2, dtype=torch.int64), ["a", "b"])
+
+
+def test_a_draw_of_void_images_alone_has_the_scores_of_the_split() -> None:
+    void = torch.zeros(2, 2, dtype=torch.int64)
+    counts = ImageCounts.of([torch.tensor([[3, 1], [2, 4]]), void])
+    whole = score_of(torch.tensor([[3, 1], [2, 4]]), ["a", "b"])
+    draws = torch.tensor([[1, 1], [0, 2]], dtype=torch.float64)
+    expected = {"miou": whole.miou_pct, "macc": whole.macc_pct, "aacc": whole.aacc_pct}
+    for name, values in counts.scores(draws).items():
+        assert values.tolist() == pytest.approx([expected[name]] * 2), name
+        statistic = partial(_scores_of, counts, name)  # a quarter of the draws are void
+        assert bootstrap_interval(statistic, 2, seed=0) == pytest.approx((expected[name],) * 2)
+
+
+def _scores_of(counts: ImageCounts, name: str, times: Tensor) -> Tensor:
+    return counts.scores(times)[name]
