@@ -103,6 +103,26 @@ def test_nothing_listens_to_the_world_and_every_process_asks_for_the_token() -> 
     assert "0.0.0.0" not in RAYJOB_FILE.read_text()
 
 
+def test_a_spot_machine_is_drained_on_its_notice(launcher: Any) -> None:
+    (watcher,) = (x for x in CLUSTER["worker_start_ray_commands"] if "ray_spot_notice" in x)
+    assert watcher.startswith("RAY_AUTH_MODE=token ")
+    assert "flock -n " in watcher, "one for each machine, also when Ray is started again"
+    assert watcher.endswith("&"), "the launcher waits for its commands"
+    module = re.findall(r"python -m (\S+) --address=\$RAY_HEAD_IP:6379", watcher)[0]
+    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+    # on Kubernetes Ray does it itself, if the pod lives long enough
+    from ray._private import ray_constants
+
+    spec = RAYJOB["spec"]["rayClusterSpec"]
+    pods = [group["template"]["spec"] for group in spec["workerGroupSpecs"]]
+    spot = [pod for pod in pods if "spot" in pod.get("nodeSelector", {}).values()]
+    assert len(spot) == 1
+    (limit,) = spot[0]["containers"][0]["env"]
+    assert hasattr(ray_constants, limit["name"])
+    assert 30 <= int(limit["value"]) <= spot[0]["terminationGracePeriodSeconds"] - 30
+    assert launcher is not None
+
+
 def test_both_files_run_the_ray_that_is_tested() -> None:
     dockerfile = (RAYJOB_FILE.parent / "Dockerfile").read_text()
     images = re.findall(r"rayproject/ray:(\S+?)-py", (ROOT / "cluster.yaml").read_text())
@@ -129,6 +149,7 @@ _LABELS = {"pool": str}
 _CONTAINER = {
     "name": str,
     "image": str,
+    "env": [{"name": str, "value": str}],
     "resources": {
         kind: {"cpu": str, "memory": str, "nvidia.com/gpu": str} for kind in ("requests", "limits")
     },
