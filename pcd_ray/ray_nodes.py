@@ -314,7 +314,8 @@ def busy_line(need: Need) -> str:
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     wanted = {name: amount * need.count for name, amount in bundle.items() if name != "memory"}
     lacks = any(free.get(name, 0.0) + _SLACK < amount for name, amount in wanted.items())
-    if "CREATED" in states or not (lacks or states & {"PENDING", "RESCHEDULING"}):
+    waits = bool(states & {"PENDING", "RESCHEDULING"})  # of a sweep's trials others may have theirs
+    if not waits and ("CREATED" in states or not lacks):
         return ""
     parts = [f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s" for name in wanted]
     return (

@@ -16,8 +16,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 import ray
+
+from pcd_ray.errors import ClusterError
 
 METADATA_URL = "http://169.254.169.254"
 """Where an EC2 instance asks about itself."""
@@ -56,13 +59,16 @@ def drain(address: str, taken: datetime, *, node_id: str = "") -> None:
         node_id: of the node, in hexadecimal digits; empty: this machine's.
 
     Raises:
-        subprocess.CalledProcessError: Ray does not take it, or the head does not answer.
+        ClusterError: Ray does not take it, or the head does not answer.
     """
     left_s = max(0.0, (taken - datetime.now(UTC)).total_seconds())
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
+    # no public function does this; the command is one for developers, and hidden
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address]
     command += ["--node-id", node_id or own_node(address), "--reason", _REASON]
     command += ["--reason-message", "AWS will take this spot machine"]
-    subprocess.run([*command, "--deadline-remaining-seconds", f"{left_s / 2:.0f}"], check=True)
+    command += ["--deadline-remaining-seconds", f"{left_s / 2:.0f}"]
+    if code := subprocess.run(command, check=False).returncode:
+        raise ClusterError(f"`ray drain-node --address {address}` ends with exit code {code}")
 
 
 def own_node(address: str) -> str:

@@ -43,7 +43,7 @@ from pcd_ray.tune.records import (
     trials_csv,
 )
 from pcd_ray.tune.space import Space, open_space, with_absolute_choices
-from pcd_ray.tune.study import OVER, OpenStudy, begin_study, find_study, story_of
+from pcd_ray.tune.study import OVER, OpenStudy, begin_study, find_study, new_study, story_of
 from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
 _OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
@@ -101,13 +101,14 @@ def sweep(config: Config) -> SweepResult:
     check_outlives_job("run.root", folder.uri)
     storage.check_writable(folder.uri)
     story = story_of(config, space, data_sha256=images)
-    opened, ready = find_study(config, folder, story), None
-    if opened is None:
-        ready = _checked(config)  # before: what is refused must not be what the study is a study of
-        opened = begin_study(config, space, folder, story)
+    found = find_study(config, folder, story)
+    # a new one is checked before: what is refused must not be what the study is a study of
+    ready = None if found else _checked(config)
+    opened = found or new_study(config, folder)
     if trials_left(config, opened):
         with driving(opened) as mark:
             ready = ready or _checked(config)
+            begin_study(opened, config, space, story)
             storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
             _run(config, space, folder, opened, mark, ready)
     return write_records(config, folder, opened)

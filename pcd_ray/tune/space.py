@@ -91,7 +91,7 @@ def open_space(config: Config) -> Space:
         distributions, added = _asked_for(function)
         # its text alone would not tell of a changed constant, or of another function that it calls
         story = [source_of(function), _stories(distributions), added]
-        space = Space(distributions, function, _sha256(json.dumps(story, default=repr)))
+        space = Space(distributions, function, _sha256(json.dumps(story)))
         _check_names(space.distributions, config)
     else:
         distributions = _distributions(config)
@@ -126,7 +126,8 @@ def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
 
 def epochs_of(values: Mapping[str, Any], config: Config) -> int:
     """Return how many epochs a trial with these values trains for."""
-    return int(values.get(_EPOCHS, config.train.epochs))
+    epochs = values.get(_EPOCHS)
+    return epochs if isinstance(epochs, int) else config.train.epochs  # else it is refused
 
 
 def in_words(distribution: BaseDistribution) -> str:
@@ -296,11 +297,10 @@ def _check_weights(space: Space, seen: Iterable[Values]) -> tuple[str, ...]:
 def _most_epochs(space: Space, seen: Iterable[Values], config: Config) -> int:
     """Return the most epochs that a trial may have or was seen to have."""
     asked = space.distributions.get(_EPOCHS)
-    if isinstance(asked, IntDistribution):
-        return asked.high
     choices = asked.choices if isinstance(asked, CategoricalDistribution) else ()
+    ends = [asked.high] if isinstance(asked, IntDistribution) else choices
     chosen = [epochs_of(values, config) for values in seen]  # a function may set it, not ask
-    return max([*chosen, *(value for value in choices if isinstance(value, int))])
+    return max([*chosen, *(value for value in ends if isinstance(value, int))])
 
 
 def _absolute(value: Any) -> Any:
@@ -352,13 +352,19 @@ def _asked_for(function: SpaceFunction) -> tuple[dict[str, BaseDistribution], li
         values = values_of(function, trial)
         added = {n: v for n, v in values.items() if n not in trial.params or trial.params[n] != v}
         set_by_it.append(dict(sorted(added.items(), key=repr)))
-        found |= trial.distributions
+        found |= {n: _higher(found.get(n), each) for n, each in trial.distributions.items()}
         found |= {name: CategoricalDistribution((None,)) for name in set(added) - set(found)}
     if not found:
         raise ConfigError(
             "tune.space_function asks its trial for nothing; call trial.suggest_float and the like"
         )
     return found, set_by_it
+
+
+def _higher(one: BaseDistribution | None, other: BaseDistribution) -> BaseDistribution:
+    """Return that of two conditional ranges which reaches higher."""
+    ends = [getattr(each, "high", -math.inf) for each in (one, other)]
+    return one if one is not None and ends[0] > ends[1] else other
 
 
 def _stories(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:

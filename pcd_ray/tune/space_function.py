@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def values_of(function: SpaceFunction, trial: Any) -> dict[str, Any]:
     """Return what a space function asks a trial for and what it adds.
 
     Raises:
-        ConfigError: it fails, or returns no mapping.
+        ConfigError: it fails, or returns no mapping of options' names to plain data.
     """
     try:
         added = function(trial)
@@ -62,4 +63,19 @@ def values_of(function: SpaceFunction, trial: Any) -> dict[str, Any]:
         ) from error
     if added is not None and not isinstance(added, Mapping):
         raise ConfigError(f"tune.space_function returns {added!r}; return a mapping, or None")
+    for name, value in (added or {}).items():
+        if not isinstance(name, str) or not _is_plain(value):
+            raise ConfigError(
+                f"tune.space_function returns {name!r}: {value!r} ({type(value).__name__}); return "
+                "options' names with numbers, words or lists, e.g. float(x) for numpy's"
+            )
     return {**trial.params, **(added or {})}
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether a study can store a value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

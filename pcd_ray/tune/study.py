@@ -98,7 +98,7 @@ def story_of(config: Config, space: Space, *, data_sha256: str) -> Story:
 
 
 def find_study(config: Config, folder: RunFolder, story: Story) -> OpenStudy | None:
-    """Return the sweep's study as it was left; None: it has not begun, and nothing is written.
+    """Return the sweep's study as it was left; None: it has not begun, and none is written.
 
     Args:
         config: the sweep.
@@ -132,15 +132,8 @@ def find_study(config: Config, folder: RunFolder, story: Story) -> OpenStudy | N
     return opened
 
 
-def begin_study(config: Config, space: Space, folder: RunFolder, story: Story) -> OpenStudy:
-    """Store a new study, with the configuration's own values as its first trial if wanted.
-
-    Args:
-        config: the sweep.
-        space: what it searches.
-        folder: where it lives.
-        story: what it is a sweep of.
-    """
+def new_study(config: Config, folder: RunFolder) -> OpenStudy:
+    """Store an empty study, which is none of any sweep before `begin_study`."""
     url = _url(config, folder)
     if not config.tune.storage:
         os.makedirs(folder.uri, exist_ok=True)
@@ -151,10 +144,30 @@ def begin_study(config: Config, space: Space, folder: RunFolder, story: Story) -
         sampler=sampler(config),
         load_if_exists=True,
     )
-    study.set_user_attr(_SWEEP, json.dumps(asdict(story)))
-    if config.tune.own_values_first:
-        study.enqueue_trial(space.own_values(config))
     return OpenStudy(study, url)
+
+
+def begin_study(opened: OpenStudy, config: Config, space: Space, story: Story) -> None:
+    """Say what a study is of, with the configuration's own values as its first trial if wanted.
+
+    One that has begun is left as it is. For the driver that has the study's mark.
+
+    Args:
+        opened: the study.
+        config: the sweep.
+        space: what it searches.
+        story: what it is a sweep of.
+
+    Raises:
+        ConfigError: another driver has begun it meanwhile, with other settings.
+    """
+    stored = opened.study.user_attrs.get(_SWEEP)
+    if stored is not None:
+        _refuse_changes(json.loads(stored), config, story)
+        return
+    opened.study.set_user_attr(_SWEEP, json.dumps(asdict(story)))
+    if config.tune.own_values_first:
+        opened.study.enqueue_trial(space.own_values(config))
 
 
 def sampler(config: Config, *, trials: int = 0) -> optuna.samplers.BaseSampler:
@@ -232,11 +245,11 @@ def _refuse_changes(stored: Mapping[str, Any], config: Config, story: Story) -> 
     changes = changed_options(before, config)
     if stored["space_sha256"] != story.space_sha256:
         changes += _changes_of_space(before.tune, config.tune)
-    if stored["data_sha256"] != story.data_sha256:
+    if stored.get("data_sha256", story.data_sha256) != story.data_sha256:
         changes.append(f"data.shards: the packed images at {config.data.shards} are others")
     changes += [
         f"{f'{key}.weights' if key in config.teachers else key}: the weights there are others"
-        for key, sha256 in stored["weights_sha256"].items()
+        for key, sha256 in stored.get("weights_sha256", {}).items()  # early studies have none
         if story.weights_sha256.get(key, sha256) != sha256
     ]
     for name in option_names():

@@ -1,12 +1,12 @@
 """A spot machine's notice reaches Ray once, whatever goes wrong before."""
 
-import subprocess
 from datetime import UTC, datetime
 from urllib.error import URLError
 
 import pytest
 from spot_metadata import serving
 
+from pcd_ray.errors import ClusterError
 from pcd_ray.ray_spot_notice import LOOK_EVERY_S, spot_notice, watch
 
 TAKEN = datetime(2026, 11, 25, 8, 22, 0, tzinfo=UTC)
@@ -30,7 +30,7 @@ def test_it_looks_until_there_is_a_notice_and_tells_until_it_is_taken(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     answers = [None, OSError("away"), OSError("away"), KeyError("time"), TAKEN, TAKEN]
-    refusals = [subprocess.CalledProcessError(1, "ray drain-node")]
+    refusals = [ClusterError("ray drain-node ends with 1")]
     waited: list[float] = []
     told: list[datetime] = []
 
@@ -53,7 +53,6 @@ def test_it_looks_until_there_is_a_notice_and_tells_until_it_is_taken(
     assert [line.partition(";")[0] for line in said[:-1]] == [
         "no notice can be passed on (OSError: away)",  # said once
         "no notice can be passed on (KeyError: 'time')",
-        "no notice can be passed on (CalledProcessError: Command 'ray drain-node' returned "
-        "non-zero exit status 1.)",
+        "no notice can be passed on (ClusterError: ray drain-node ends with 1)",
     ]
     assert said[-1] == "told Ray that this machine will be taken away at 08:22:00 UTC"

@@ -50,8 +50,7 @@ def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
     far = _FAR_SIDES * max(height, width)
     if any(abs(outline).max(initial=0) > far for outline in outlines):
         raise ValueError(
-            f"a polygon of it reaches more than {far} px away from its image of {width} x {height} "
-            "px"
+            f"a polygon of it has a coordinate beyond {far} px, its image is {width} x {height} px"
         )
     return tuple(outline.reshape(-1, 2) for outline in outlines if len(outline) >= 6) or None
 
@@ -62,13 +61,12 @@ def _outline(given: list[Any]) -> NDArray[np.float64]:
     Raises:
         ValueError: it holds something else.
     """
-    try:
-        outline = np.array(given)
-    except ValueError:  # lists of unlike length
-        outline = np.array(None)
-    if outline.dtype.kind not in "if":
+    if not all(type(number) in (int, float) for number in given):
         raise ValueError("its polygons hold something else than numbers")
-    return outline.astype(np.float64)
+    try:
+        return np.array(given, np.float64)
+    except OverflowError:  # of hundreds of digits
+        raise ValueError("a polygon of it has a coordinate that is not finite") from None
 
 
 def _parse_run_lengths(given: dict[str, Any], *, height: int, width: int) -> RunLengths:

@@ -9,7 +9,14 @@ from tiny import tiny_config
 
 from pcd_ray.config import Config, option_value
 from pcd_ray.errors import ConfigError
-from pcd_ray.tune.space import drawn, in_words, open_space, trial_config, with_absolute_choices
+from pcd_ray.tune.space import (
+    drawn,
+    epochs_of,
+    in_words,
+    open_space,
+    trial_config,
+    with_absolute_choices,
+)
 
 SPACE: dict[str, Any] = {
     "loss.temperature": {"log": [0.03, 0.5]},
@@ -253,3 +260,41 @@ def test_ranges_in_words() -> None:
     words = {n: in_words(d) for n, d in open_space(searching()).distributions.items()}
     assert words["loss.temperature"] == "0.03 .. 0.5 (log)"
     assert words["teacher.adaptor.rule"] == "gate | tangent | naive"
+
+
+SETTING = """
+import numpy
+def numbers(trial):
+    trial.suggest_float("loss.temperature", 0.1, 0.2)
+    return {"student.ema": numpy.float32(0.5)}
+
+def many(trial):
+    return {"train.epochs": 5 * trial.suggest_int("train.epochs", 2, 4)}
+
+def conditional(trial):
+    deep = trial.suggest_int("student.mhsa.depth", 0, 1)
+    trial.suggest_int("train.epochs", 2, 4 if deep else 20)
+
+def words(trial):
+    trial.suggest_float("loss.temperature", 0.1, 0.2)
+    return {"train.epochs": "many" if trial.number % 2 else 3}
+"""
+
+
+def test_what_a_study_cannot_store_is_refused_before_a_trial_starts(tmp_path: Path) -> None:
+    (tmp_path / "space.py").write_text(SETTING)
+    config = tiny_config(tune={"space_function": f"{tmp_path}/space.py:numbers"})
+    with pytest.raises(ConfigError, match=r"student\.ema.*float32.*float\(x\) for numpy's"):
+        open_space(config)
+
+
+@pytest.mark.parametrize(("name", "most"), [("many", 20), ("conditional", 20), ("words", 3)])
+def test_the_longest_trial_of_a_function_is_known(name: str, most: int, tmp_path: Path) -> None:
+    (tmp_path / "space.py").write_text(SETTING)
+    config = tiny_config(tune={"space_function": f"{tmp_path}/space.py:{name}"})
+    assert open_space(config).most_epochs == most
+
+
+def test_epochs_that_a_trial_was_refused_for_are_not_told() -> None:
+    config = tiny_config()
+    assert epochs_of({"train.epochs": "many"}, config) == config.train.epochs

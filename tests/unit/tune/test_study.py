@@ -1,5 +1,6 @@
 """A study outlives its driver: what is over stays, what ran goes on, what differs is refused."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,15 @@ from pcd_ray.tune.ray_search import (
 )
 from pcd_ray.tune.records import best_config, best_trial, best_yaml, records_of, trials_csv
 from pcd_ray.tune.space import open_space
-from pcd_ray.tune.study import COST, OpenStudy, find_study, history_of, story_of
+from pcd_ray.tune.study import (
+    COST,
+    OpenStudy,
+    begin_study,
+    find_study,
+    history_of,
+    new_study,
+    story_of,
+)
 
 SPACE = {"loss.temperature": {"log": [0.03, 0.5]}, "student.mhsa.depth": {"choice": [0, 1, 2]}}
 
@@ -359,10 +368,13 @@ def test_the_stopping_rule_lasts_as_long_as_the_longest_trial(tmp_path: Path) ->
     longest = [open_space(searching(tmp_path, space=rule)).most_epochs for rule in rules]
     assert longest == [9, 9, 4]
     rule = rule_of(searching(tmp_path, space=rules[0], own_values_first=False))
-    trial: Any = _Trial("long")
-    rule.on_trial_add(None, trial)
-    decisions = [rule.on_trial_result(None, trial, report(50.0, epoch)) for epoch in range(1, 9)]
-    assert set(decisions) == {"CONTINUE"}  # at the base's four epochs it would be taken for done
+    for number, last in enumerate((50.0, 50.0, 50.0, 1.0)):  # at a rung beyond the base's epochs
+        trial: Any = _Trial(f"trial_{number}")
+        rule.on_trial_add(None, trial)
+        for epoch in range(1, 8):
+            assert rule.on_trial_result(None, trial, report(50.0, epoch)) == "CONTINUE"
+        decision = rule.on_trial_result(None, trial, report(last, 8))
+        assert decision == ("STOP" if last == 1.0 else "CONTINUE")
 
 
 def test_a_changed_space_is_told_option_by_option(tmp_path: Path) -> None:
@@ -451,6 +463,33 @@ def test_a_study_that_has_not_begun_leaves_nothing_behind_when_it_is_looked_for(
     space, folder = open_space(config), RunFolder.of(config)
     assert find_study(config, folder, story_of(config, space, data_sha256="a")) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_drivers_that_begin_a_study_together_the_second_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    first, second = searching(tmp_path), searching(tmp_path, metric="segmentation_miou")
+    folder = RunFolder.of(first)
+    studies = [new_study(config, folder) for config in (first, second)]  # neither has found one
+    opened_study(first)
+    for config, opened in zip((first, second), studies, strict=True):
+        space = open_space(config)
+        story = story_of(config, space, data_sha256="a" * 64)
+        if config is first:
+            begin_study(opened, config, space, story)
+        else:
+            with pytest.raises(ConfigError, match=r"tune\.metric"):
+                begin_study(opened, config, space, story)
+    assert len(opened_study(first).trials(TrialState.WAITING)) == 1
+
+
+def test_a_study_from_before_weights_were_known_by_content_goes_on(tmp_path: Path) -> None:
+    config = searching(tmp_path)
+    opened = opened_study(config)
+    stored = json.loads(opened.study.user_attrs["sweep"])
+    del stored["weights_sha256"]
+    opened.study.set_user_attr("sweep", json.dumps(stored))
+    assert opened_study(config).trials()
 
 
 def test_a_study_that_something_else_began_is_refused(tmp_path: Path) -> None:

@@ -196,9 +196,13 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda r: r["annotations"][0].update(segmentation=[["1", "2", "9", "2", "9", "9"]]),
         r"annotation 0: its polygons hold something else than numbers",
     ),
+    "truth in a polygon": (
+        lambda r: r["annotations"][0].update(segmentation=[[True, 2, 9.5, 2, 9, 9]]),
+        r"annotation 0: its polygons hold something else than numbers",
+    ),
     "far polygon": (
         lambda r: r["annotations"][0].update(segmentation=[[1, 2, 1e9, 2, 9, 9]]),
-        r"annotation 0: a polygon of it reaches more than 960 px away from its image of 96 x 64 px",
+        r"annotation 0: a polygon of it has a coordinate beyond 960 px, its image is 96 x 64 px",
     ),
     "no list": (lambda r: r.pop("annotations"), r"has no list 'annotations'; a COCO file has one"),
     "no id": (lambda r: r["images"][0].update(id="a"), r"in 'images' has no whole number as id"),
