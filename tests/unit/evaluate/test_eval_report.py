@@ -35,7 +35,10 @@ def page_of(
         Page(**(about | page)),
         table=compare(measured),
         measured=measured,
-        rows=[Row(label, (network,) * len(each)) for label, each in measured.items()],
+        rows=[
+            Row(label, (network,) * len(each), ("",) * len(each))
+            for label, each in measured.items()
+        ],
         failures=failures,
         looks={"pca_maps.png": PNG},
         config=tiny_config(),
