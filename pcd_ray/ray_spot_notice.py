@@ -44,7 +44,10 @@ def spot_notice(metadata_url: str = METADATA_URL) -> datetime | None:
         if error.code == 404:  # no notice, as on a machine that is not a spot one
             return None
         raise
-    return datetime.fromisoformat(json.loads(text)["time"])
+    try:
+        return datetime.fromisoformat(json.loads(text)["time"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{text!r:.80} says no time; a notice of AWS does") from error
 
 
 def drain(address: str, taken: datetime, *, node_id: str = "") -> None:

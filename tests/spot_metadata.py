@@ -11,22 +11,24 @@ TOKEN = "a-token"
 
 
 class SpotMetadata:
-    """What the service knows; ``taken`` is when the machine goes, None: it stays."""
+    """What the service knows; ``notice`` is empty where the machine stays."""
 
-    taken: datetime | None = None
     url = ""
-    asked: tuple[str, ...] = ()
+    notice = ""
+
+    def announce(self, taken: datetime) -> None:
+        """Say when the machine goes."""
+        self.notice = json.dumps({"action": "terminate", "time": f"{taken:%Y-%m-%dT%H:%M:%SZ}"})
 
     def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
-        self.asked += (f"{method} {path}",)
         if (method, path) == ("PUT", "/latest/api/token"):
             right = headers.get("x-aws-ec2-metadata-token-ttl-seconds", "").isdigit()
             return (200, TOKEN) if right else (400, "")
         if headers.get("x-aws-ec2-metadata-token") != TOKEN:
             return 401, ""
-        if path != "/latest/meta-data/spot/instance-action" or self.taken is None:
+        if path != "/latest/meta-data/spot/instance-action" or not self.notice:
             return 404, ""
-        return 200, json.dumps({"action": "terminate", "time": f"{self.taken:%Y-%m-%dT%H:%M:%SZ}"})
+        return 200, self.notice
 
 
 @contextmanager
@@ -43,7 +45,8 @@ def serving() -> Iterator[SpotMetadata]:
             self.end_headers()
             self.wfile.write(text.encode())
 
-        do_PUT = do_GET  # noqa: N815 - the library looks for this name
+        def do_PUT(self) -> None:
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

@@ -68,7 +68,7 @@ class StudySearch(OptunaSearch):
             study_name=opened.study.study_name,
             storage=new_storage(opened.url),
         )
-        self._of = space
+        self._searched = space
         self._interrupted = [trial.number for trial in opened.trials(TrialState.RUNNING)]
         self._trials_uri = trials_uri
         self._several = costs
@@ -79,7 +79,7 @@ class StudySearch(OptunaSearch):
             self._ot_trials[trial_id] = self._interrupted_trial() or self._study.ask()
         trial, refusal = self._ot_trials[trial_id], ""
         try:
-            values = drawn(self._of, trial)  # what an interrupted one was given stays
+            values = drawn(self._searched, trial)  # what an interrupted one was given stays
         except ConfigError as error:  # of a space function: the next trial may be spared it
             values, refusal = trial.params, str(error)
         asked = trial.params

@@ -247,7 +247,11 @@ class _Checked:
 
 
 def _checked(config: Config) -> _Checked:
-    """Refuse what no trial could run with."""
+    """Return what trials run with.
+
+    Raises:
+        PcdError: what is wrong with cluster, data or networks, so that no trial could run.
+    """
     have = cluster_of(config)
     plan = dry_run(config)
     return _Checked(have, plan, trials_at_a_time(config, have, device=plan.device))

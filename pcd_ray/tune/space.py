@@ -91,11 +91,11 @@ def open_space(config: Config) -> Space:
         distributions, added = _asked_for(function)
         # its text alone would not tell of a changed constant, or of another function that it calls
         story = [source_of(function), _stories(distributions), added]
-        space = Space(distributions, function, _sha256(json.dumps(story)))
+        space = Space(distributions, function, _sha256(story))
         _check_names(space.distributions, config)
     else:
         distributions = _distributions(config)
-        space = Space(distributions, None, _sha256(json.dumps(_stories(distributions))))
+        space = Space(distributions, None, _sha256(_stories(distributions)))
     seen = _check_combinations(space, config)
     weights = _check_weights(space, seen)
     return replace(space, weights=weights, most_epochs=_most_epochs(space, seen, config))
@@ -351,7 +351,7 @@ def _asked_for(function: SpaceFunction) -> tuple[dict[str, BaseDistribution], li
         trial = study.ask()
         values = values_of(function, trial)
         added = {n: v for n, v in values.items() if n not in trial.params or trial.params[n] != v}
-        set_by_it.append(dict(sorted(added.items(), key=repr)))
+        set_by_it.append(added)
         found |= {n: _higher(found.get(n), each) for n, each in trial.distributions.items()}
         found |= {name: CategoricalDistribution((None,)) for name in set(added) - set(found)}
     if not found:
@@ -368,8 +368,8 @@ def _higher(one: BaseDistribution | None, other: BaseDistribution) -> BaseDistri
 
 
 def _stories(distributions: Mapping[str, BaseDistribution]) -> dict[str, str]:
-    return {name: distribution_to_json(each) for name, each in sorted(distributions.items())}
+    return {name: distribution_to_json(each) for name, each in distributions.items()}
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sha256(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

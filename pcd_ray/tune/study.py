@@ -41,7 +41,7 @@ COST = "cost"
 """User attribute: what the trial cost, in the unit of ``tune.cost``."""
 ADDED = "added"
 """User attribute: options that a space function set without asking for them."""
-_FILE = "study.db"  # of a sweep that keeps its study itself
+_STUDY_FILE = "study.db"  # of a sweep that keeps its study itself
 _SWEEP = "sweep"  # user attribute of the study: what it is a study of
 _SAME_FOR_ALL = ("space", "space_function", "metric", "cost")  # of tune: scores compare only so
 _FREE_EVAL = ("eval.pictures", "eval.pixel", "eval.out", "eval.references", "eval.seeds")
@@ -110,7 +110,7 @@ def find_study(config: Config, folder: RunFolder, story: Story) -> OpenStudy | N
             it should be a SQLite file in a bucket.
     """
     url = _url(config, folder)
-    if not config.tune.storage and not storage.exists(folder.file(_FILE)):
+    if not config.tune.storage and not storage.exists(folder.file(_STUDY_FILE)):
         return None
     connected = _storage(url)
     if config.run.name not in optuna.get_all_study_names(connected):
@@ -120,7 +120,7 @@ def find_study(config: Config, folder: RunFolder, story: Story) -> OpenStudy | N
     )
     opened = OpenStudy(study, url)
     stored = study.user_attrs.get(_SWEEP)
-    if stored is None and (study.trials or study.directions != _directions(config.tune)):
+    if stored is None and (opened.trials() or study.directions != _directions(config.tune)):
         raise ConfigError(
             f"{opened.shown_url} holds a study {config.run.name!r} that pcd-ray did not begin; "
             "choose another run.name"
@@ -205,7 +205,7 @@ def _url(config: Config, folder: RunFolder) -> str:
             f"run.root={config.run.root} is a bucket, where SQLite cannot live; give tune.storage, "
             "an Optuna storage URL such as postgresql://..., or a local run.root"
         )
-    return f"sqlite:///{folder.file(_FILE)}"
+    return f"sqlite:///{folder.file(_STUDY_FILE)}"
 
 
 def _storage(url: str) -> optuna.storages.BaseStorage:

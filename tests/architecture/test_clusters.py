@@ -103,7 +103,8 @@ def test_nothing_listens_to_the_world_and_every_process_asks_for_the_token() -> 
     assert "0.0.0.0" not in RAYJOB_FILE.read_text()
 
 
-def test_a_spot_machine_is_drained_on_its_notice(launcher: Any) -> None:
+@pytest.mark.usefixtures("launcher")  # which says how ray is to be imported
+def test_a_spot_machine_is_drained_on_its_notice() -> None:
     (watcher,) = (x for x in CLUSTER["worker_start_ray_commands"] if "ray_spot_notice" in x)
     assert watcher.startswith("RAY_AUTH_MODE=token ")
     assert "flock -n " in watcher, "one for each machine, also when Ray is started again"
@@ -120,7 +121,6 @@ def test_a_spot_machine_is_drained_on_its_notice(launcher: Any) -> None:
     (limit,) = spot[0]["containers"][0]["env"]
     assert hasattr(ray_constants, limit["name"])
     assert 30 <= int(limit["value"]) <= spot[0]["terminationGracePeriodSeconds"] - 30
-    assert launcher is not None
 
 
 def test_both_files_run_the_ray_that_is_tested() -> None:

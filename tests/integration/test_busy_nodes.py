@@ -19,16 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 EVENT_S = 300.0
 # what builds caches: the test takes a node away meanwhile, and another one's work the other node
 DRIVER = """
-import sys, time
+import sys
 import ray
+from processes import wait_for
 from pcd_ray.config import config_from_argv
 from pcd_ray.ray_nodes import nodes_now
 from pcd_ray.train.ray_launch import train
 
 def build(config, shards, *, share, say):
     say("built")
-    while len(nodes_now()) > 2:
-        time.sleep(0.1)
+    wait_for(lambda: len(nodes_now()) == 2, timeout_s=300)
     class Another:
         def hold(self): pass
     other.append(ray.remote(num_cpus=1)(Another).remote())
@@ -72,7 +72,13 @@ def test_a_run_says_what_it_waits_for_before_it_begins(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=os.environ | {"RAY_ADDRESS": cluster.address},
+            env=os.environ
+            | {
+                "RAY_ADDRESS": cluster.address,
+                "PYTHONPATH": os.pathsep.join(
+                    [str(Path(__file__).parent), os.environ["PYTHONPATH"]]
+                ),
+            },
         )
 
     def wait_for_words(words: str) -> str:

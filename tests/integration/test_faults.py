@@ -228,7 +228,7 @@ def give_notice(cluster: FaultyCluster) -> None:
     """Have AWS's metadata service say that a machine goes, and what runs there tell Ray."""
     watcher = [sys.executable, "-m", "pcd_ray.ray_spot_notice", "--address", cluster.address]
     with serving() as metadata:
-        metadata.taken = datetime.now(UTC) + timedelta(seconds=NOTICE_S)  # Ray is told half of it
+        metadata.announce(datetime.now(UTC) + timedelta(seconds=NOTICE_S))  # Ray is told half of it
         watcher += ["--node-id", cluster.oldest(), "--metadata-url", metadata.url]
         subprocess.run(watcher, check=True, timeout=EVENT_S)
 

@@ -271,8 +271,7 @@ def test_ctrl_c_stops_a_run_in_words_and_the_same_command_can_go_on(
 
 def half_way(reference: Reference, name: str, **sections: dict[str, Any]) -> Config:
     """Return a run that lies on storage as the reference lay at step 20."""
-    alone = {"train": {"num_workers": 1}, "eval": {"pictures": False}}
-    config = of_name(changed(reference.config, **alone), name, **sections)
+    config = of_name(changed(reference.config, eval={"pictures": False}), name, **sections)
     source = Path(RunFolder.of(reference.config).checkpoints) / "step_00000020"
     shutil.copytree(source, Path(RunFolder.of(config).checkpoints) / source.name)
     return config
@@ -325,7 +324,7 @@ def test_an_image_that_is_damaged_after_packing_is_named(
         "damaged",
         data={"shards": str(shards)},
         eval={"every_epochs": 0},
-        train={"max_failures": 0, "num_workers": 1},
+        train={"max_failures": 0},
     )
     with pytest.raises(ShardError, match=rf"image '{last['key']}' in \S+: not an image; mend it"):
         train(config)
@@ -350,7 +349,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(
         prepared,
         run={"root": str(small_disk)},
         eval={"every_epochs": 0},
-        train={"max_failures": 0, "num_workers": 1},
+        train={"max_failures": 0},
     )
     with pytest.raises(PcdError, match=r"No space left on device"):
         train(config)

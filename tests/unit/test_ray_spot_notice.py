@@ -15,8 +15,16 @@ TAKEN = datetime(2026, 11, 25, 8, 22, 0, tzinfo=UTC)
 def test_a_notice_is_when_the_machine_goes_and_none_is_none() -> None:
     with serving() as metadata:
         assert spot_notice(metadata.url) is None
-        metadata.taken = TAKEN
+        metadata.announce(TAKEN)
         assert spot_notice(metadata.url) == TAKEN
+
+
+@pytest.mark.parametrize("notice", ["going soon", '{"action": "stop"}', '"soon"', '{"time": 3}'])
+def test_an_answer_that_says_no_time_is_no_notice(notice: str) -> None:
+    with serving() as metadata:
+        metadata.notice = notice
+        with pytest.raises(ValueError, match=r"says no time|Expecting value"):
+            spot_notice(metadata.url)
 
 
 def test_a_service_that_is_not_there_is_no_notice() -> None:

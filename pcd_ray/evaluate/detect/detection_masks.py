@@ -43,7 +43,7 @@ def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
     if not isinstance(given, list) or not all(isinstance(outline, list) for outline in given):
         raise ValueError("its segmentation is neither polygons nor a run-length code")
     outlines = [_outline(outline) for outline in given]
-    if any(outline.ndim != 1 or len(outline) % 2 for outline in outlines):
+    if any(len(outline) % 2 for outline in outlines):
         raise ValueError("a polygon of it has an odd count of numbers, not x, y, x, y, ...")
     if not all(np.isfinite(outline).all() for outline in outlines):
         raise ValueError("a polygon of it has a coordinate that is not finite")

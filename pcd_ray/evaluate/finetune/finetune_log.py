@@ -49,7 +49,7 @@ class FinetuneLog:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        print(text, file=sys.stderr, flush=True)  # noqa: T201 - stdout holds results alone
+        sys.stderr.write(f"{text}\n")  # stdout holds results alone
 
     def flush(self) -> None:
         """Write all lines."""

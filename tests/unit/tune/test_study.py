@@ -327,10 +327,10 @@ def test_a_trial_that_was_interrupted_while_it_was_drawn_is_drawn_to_the_end(
     assert opened_study(config).trials()[0].params == again[VALUES]
 
 
-BROKEN_AT_1 = """
+FAILS_LATE = """
 def space(trial):
     trial.suggest_float("loss.temperature", 0.03, 0.5)
-    if trial.number == MANY:
+    if trial.number == 65:  # one more than are drawn before the sweep
         raise KeyError("late")
 """
 
@@ -339,7 +339,7 @@ def test_a_trial_that_a_space_function_fails_for_fails_alone_with_its_reason(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "space.py"
-    path.write_text(BROKEN_AT_1.replace("MANY", "65"))  # one more than are drawn before the sweep
+    path.write_text(FAILS_LATE)
     config = searching(tmp_path, space={}, space_function=f"{path}:space", own_values_first=False)
     opened = opened_study(config)
     for _ in range(65):
@@ -399,21 +399,18 @@ def test_other_packed_images_are_another_sweep(tmp_path: Path) -> None:
 def test_other_weights_in_the_same_place_are_another_sweep_and_a_moved_file_is_not(
     tmp_path: Path,
 ) -> None:
-    def of(weights: str, *choices: str) -> Config:
-        space = {"loss.temperature": {"log": [0.03, 0.5]}}
-        if choices:
-            space["teacher.weights"] = {"choice": list(choices)}  # type: ignore[dict-item]
-        config = searching(tmp_path, space=space)
+    def of(weights: str) -> Config:
+        config = searching(tmp_path)
         return replace(config, teacher=replace(config.teacher, weights=weights))
 
-    files = [str(tmp_path / name) for name in ("a.pth", "b.pth", "moved.pth")]
-    for path, content in zip(files, ("one", "two", "one"), strict=True):
-        Path(path).write_text(content)
-    opened_study(of(files[0]))
-    opened_study(of(files[2]))
-    Path(files[0]).write_text("other")
+    file, moved = tmp_path / "a.pth", tmp_path / "moved.pth"
+    for path in (file, moved):
+        path.write_text("one")
+    opened_study(of(str(file)))
+    opened_study(of(str(moved)))
+    file.write_text("other")
     with pytest.raises(ConfigError, match=r"teacher\.weights: the weights there are others"):
-        opened_study(of(files[0]))
+        opened_study(of(str(file)))
 
 
 def test_other_weights_among_those_that_trials_choose_from_are_another_sweep(
@@ -470,16 +467,13 @@ def test_of_two_drivers_that_begin_a_study_together_the_second_changes_nothing(
 ) -> None:
     first, second = searching(tmp_path), searching(tmp_path, metric="segmentation_miou")
     folder = RunFolder.of(first)
+    space = open_space(first)
+    stories = [story_of(config, space, data_sha256="a" * 64) for config in (first, second)]
     studies = [new_study(config, folder) for config in (first, second)]  # neither has found one
-    opened_study(first)
-    for config, opened in zip((first, second), studies, strict=True):
-        space = open_space(config)
-        story = story_of(config, space, data_sha256="a" * 64)
-        if config is first:
-            begin_study(opened, config, space, story)
-        else:
-            with pytest.raises(ConfigError, match=r"tune\.metric"):
-                begin_study(opened, config, space, story)
+    begin_study(studies[0], first, space, stories[0])
+    begin_study(studies[1], first, space, stories[0])
+    with pytest.raises(ConfigError, match=r"tune\.metric"):
+        begin_study(studies[1], second, space, stories[1])
     assert len(opened_study(first).trials(TrialState.WAITING)) == 1
 
 
