@@ -154,6 +154,15 @@ def test_a_refused_part_of_a_large_upload_leaves_the_old_object(server: S3Server
     assert storage.read_bytes(uri) == large
 
 
+@pytest.fixture
+def ctrl_c_counts() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt also where the tests are a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_counts")
 def test_an_interruption_in_the_middle_of_an_upload_leaves_a_whole_object(
     server: S3Server,
 ) -> None:
