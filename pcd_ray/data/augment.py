@@ -23,6 +23,7 @@ _TRIES = 10
 _SIGMA_PX = (0.1, 2.0)
 _SOLARIZE_FROM = 128
 _EVAL_MARGIN = 256 / 224
+_MAX_ASPECT = 8  # of an image that is enlarged for evaluation
 _OVERSAMPLING = 2.0  # a JPEG decoded at half size keeps twice the pixels a view needs, or more
 
 
@@ -127,8 +128,13 @@ def _decoded(
 
 
 def eval_view(image: Image.Image, size_px: int) -> Pixels:
-    """Return an image's centre crop, (size_px, size_px, 3); its short side is 256/224 of that."""
+    """Return an image's center crop, (size_px, size_px, 3); its short side is 256/224 of that.
+
+    Of a long strip that is enlarged, the ends are cut off first: they would not be seen.
+    """
     short = round(size_px * _EVAL_MARGIN)
+    if min(image.size) < short:
+        image = _without_ends(image, _MAX_ASPECT * min(image.size))
     width, height = image.size
     scale = short / min(width, height)
     resized = image.resize(
@@ -137,6 +143,15 @@ def eval_view(image: Image.Image, size_px: int) -> Pixels:
     )
     left, top = (resized.width - size_px) // 2, (resized.height - size_px) // 2
     return np.asarray(resized.crop((left, top, left + size_px, top + size_px)))
+
+
+def _without_ends(image: Image.Image, longest: int) -> Image.Image:
+    """Return the middle of an image of which no side is longer than ``longest`` pixels."""
+    width, height = (min(side, longest) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _render(image: Image.Image, size: tuple[int, int], recipe: ViewRecipe, seed: int) -> Views:

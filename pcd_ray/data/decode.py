@@ -66,6 +66,8 @@ def open_image(data: bytes, *, max_pixels: int, max_decode_s: float = MAX_DECODE
     Raises:
         UnreadableImage: the header cannot be read, or says too many pixels.
     """
+    if not data:
+        raise UnreadableImage("empty file")
     with _explained(max_pixels):
         image = Image.open(_TimedBytes(data, max_decode_s), formats=FORMATS)
     if image.format in ("JPEG", "MPO"):
@@ -79,10 +81,15 @@ def open_image(data: bytes, *, max_pixels: int, max_decode_s: float = MAX_DECODE
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) in pixels once the image is turned upright."""
-    width, height = image.size
-    with _explained(width * height):
-        return (height, width) if _is_turned(image) else (width, height)
+    """Return (width, height) in pixels of what `finish_rgb` makes of an opened image.
+
+    Raises:
+        UnreadableImage: the orientation cannot be read without the pixels, and these are damaged.
+    """
+    with _explained(image.width * image.height):
+        if image.format != "JPEG":
+            image.load()  # TIFF rotates itself meanwhile, PNG may have its EXIF after the pixels
+        return image.size[::-1] if _is_turned(image) else image.size
 
 
 def finish_rgb(image: Image.Image, *, reduce_to: tuple[float, float] | None = None) -> Image.Image:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -302,6 +303,35 @@ def test_the_evaluation_view_is_the_centre() -> None:
     view = eval_view(image, 56)
     assert view.shape == (56, 56, 3)
     assert np.array_equal(view, np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "size", [(160, 120), (120, 160), (33, 33), (8, 64), (500, 63), (2000, 64), (64, 4000)]
+)
+def test_evaluation_views_are_cut_from_the_resized_image(size: tuple[int, int]) -> None:
+    """Also of panoramas that are not enlarged, and of strips up to 8 to 1 that are."""
+    image = _photo(*size)
+    scale = 64 / min(size)
+    resized = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.BICUBIC)
+    left, top = (resized.width - 56) // 2, (resized.height - 56) // 2
+    expected = resized.crop((left, top, left + 56, top + 56))
+    assert np.array_equal(eval_view(image, 56), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (40_000, 3), (2, 1_000)])
+def test_the_middle_of_a_long_strip_is_seen_in_little_memory(size: tuple[int, int]) -> None:
+    """Resized as a whole, the longest would take 4 GB."""
+    across = np.linspace(0, 255, max(size)).astype(np.uint8)
+    pixels = np.broadcast_to(across[:, None, None], (max(size), min(size), 3))
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if size[0] > size[1]:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    assert image.size == size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    view = eval_view(image, 128)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    assert view.shape == (128, 128, 3)
+    assert np.abs(view.astype(int) - 127).max() <= 1
 
 
 TWO_CROPS, TWO_COLOURS = FULL, dataclasses.replace(FULL, two_crops=False)

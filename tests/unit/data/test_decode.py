@@ -2,6 +2,8 @@
 
 import io
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,25 +48,79 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert np.array_equal(np.asarray(decoded)[..., 0], values >> 8)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
+def _tag(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
+    return exif
+
+
+def _xmp(orientation: int) -> bytes:
+    return f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+
+
+_TAGGED: dict[str, Callable[[Image.Image, int], bytes]] = {
+    "JPEG": lambda image, tag: _encoded(image, "JPEG", exif=_tag(tag), quality=100, subsampling=0),
+    "JPEG, XMP": lambda image, tag: _encoded(image, "JPEG", xmp=_xmp(tag), quality=100),
+    "JPEG, two places": lambda image, tag: _encoded(image, "JPEG", exif=_tag(tag), xmp=_xmp(3)),
+    "JPEG of two frames": lambda image, tag: _encoded(
+        image, "MPO", exif=_tag(tag), save_all=True, append_images=[image]
+    ),
+    "PNG": lambda image, tag: _encoded(image, "PNG", exif=_tag(tag)),
+    "PNG, after the pixels": lambda image, tag: _with_late_exif(image, _tag(tag).tobytes()),
+    "WebP": lambda image, tag: _encoded(image, "WEBP", exif=_tag(tag), lossless=True),
+    "WebP, XMP": lambda image, tag: _encoded(image, "WEBP", xmp=_xmp(tag), lossless=True),
+    "TIFF": lambda image, tag: _encoded(image, "TIFF", tiffinfo={0x0112: tag}),
+    "TIFF, XMP": lambda image, tag: _encoded(image, "TIFF", tiffinfo={700: _xmp(tag)}),
+    "TIFF, two places": lambda image, tag: _encoded(
+        image, "TIFF", tiffinfo={0x0112: tag, 700: _xmp(6)}
+    ),
+    "TIFF of two frames": lambda image, tag: _encoded(
+        image, "TIFF", tiffinfo={0x0112: tag}, save_all=True, append_images=[image]
+    ),
+}
+
+
+def _with_late_exif(image: Image.Image, exif: bytes) -> bytes:
+    data, chunk = _encoded(image, "PNG"), b"eXIf" + exif.removeprefix(b"Exif\0\0")
+    end = len(data) - 12  # IEND
+    length, check = len(chunk) - 4, zlib.crc32(chunk)
+    return data[:end] + length.to_bytes(4) + chunk + check.to_bytes(4) + data[end:]
+
+
+@pytest.mark.parametrize("tagged", _TAGGED)
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])  # 0 and 9 have no meaning
+def test_orientation_is_applied_and_the_size_is_that_of_the_result(
+    tagged: str, orientation: int
+) -> None:
     left_half_white = Image.new("RGB", (60, 40))
     left_half_white.paste((255, 255, 255), (0, 0, 30, 20))  # the stored upper left quarter
-    data = _encoded(left_half_white, exif=exif, quality=100, subsampling=0)
-    pixels = np.asarray(decode_rgb(data, max_pixels=LIMIT))[..., 0] > 128
-    assert upright_size(open_image(data, max_pixels=LIMIT)) == pixels.shape[::-1]
-    assert pixels.shape == ((60, 40) if orientation > 4 else (40, 60))
+    data = _TAGGED[tagged](left_half_white, orientation)
+    opened = open_image(data, max_pixels=LIMIT)
+    size = upright_size(opened)
+    pixels = np.asarray(finish_rgb(opened))[..., 0] > 128
+    assert size == upright_size(opened) == pixels.shape[::-1]
+    assert pixels.shape == ((60, 40) if 5 <= orientation <= 8 else (40, 60))
     height, width = pixels.shape
     quarters = [
         bool(pixels[y, x]) for y in (4, height - 5) for x in (4, width - 5)
     ]  # upper left, upper right, lower left, lower right
-    where = {1: 0, 2: 1, 3: 3, 4: 2, 5: 0, 6: 1, 7: 3, 8: 2}[orientation]
+    where = {1: 0, 2: 1, 3: 3, 4: 2, 5: 0, 6: 1, 7: 3, 8: 2}.get(orientation, 0)
     assert quarters == [place == where for place in range(4)]
 
 
-@pytest.mark.parametrize("data", [b"", b"a text that calls itself .jpg", b"\xff\xd8\xff"])
+def test_an_orientation_that_is_a_text_is_none() -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\x006\0\0\0\0\0\0\0"  # "6", ASCII
+    opened = open_image(_encoded(_noise(), exif=exif), max_pixels=LIMIT)
+    assert opened.getexif()[0x0112] == "6"
+    assert upright_size(opened) == finish_rgb(opened).size == (60, 40)
+
+
+def test_an_empty_file_is_called_empty() -> None:
+    with pytest.raises(UnreadableImage, match=r"^empty file$"):
+        decode_rgb(b"", max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("data", [b"a text that calls itself .jpg", b"\xff\xd8\xff"])
 def test_what_is_no_image_says_so(data: bytes) -> None:
     with pytest.raises(UnreadableImage, match=r"^(not an image|truncated)$"):
         decode_rgb(data, max_pixels=LIMIT)
