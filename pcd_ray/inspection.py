@@ -90,7 +90,8 @@ def _shards(uri: str, *, verify: bool) -> InspectResult:
 
 
 def _images(uri: str) -> InspectResult:
-    index = list_images(uri)
+    notes: list[str] = []
+    index = list_images(uri, notes)
     suffixes = Counter(key.rpartition(".")[2].lower() for key in index.column("key").to_pylist())
     return InspectResult(
         "images",
@@ -99,7 +100,8 @@ def _images(uri: str) -> InspectResult:
             "bytes": int(column(index, "size").sum()),
             "classes": len(classes_of(index)),
             "formats": dict(suffixes.most_common()),
-        },
+        }
+        | ({"notes": "; ".join(notes)} if notes else {}),
     )
 
 

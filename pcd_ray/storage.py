@@ -7,7 +7,9 @@ their upload completes. What may pass is tried again (`patience`). All functions
 
 import json
 import os
+import re
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from pcd_ray.errors import PcdError
+from pcd_ray.local_files import path_on_disk, walk
 from pcd_ray.patience import may_pass, patiently
 from pcd_ray.uris import (
     BUCKETS,
@@ -32,6 +35,7 @@ from pcd_ray.uris import (
 
 __all__ = [
     "GoneError",
+    "Listing",
     "NotTextError",
     "StorageError",
     "StoredFile",
@@ -48,10 +52,12 @@ __all__ = [
     "is_remote",
     "join",
     "list_files",
+    "listing",
     "name_of",
     "parent",
     "parse_json",
     "read_bytes",
+    "read_lines",
     "read_text",
     "split_query",
     "write_bytes",
@@ -172,39 +178,99 @@ def _info(uri: str) -> pafs.FileInfo:
     return attempted(uri, "looked up", lambda: fs.get_file_info(path))
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files under a folder."""
+
+    files: list[StoredFile]
+    """Sorted by URI."""
+    left_out: Counter[str]
+    """Kind -> how many links and special files; none on an object store."""
+
+
 def list_files(uri: str, *, recursive: bool = True) -> list[StoredFile]:
     """Return the files under a folder, sorted by URI; an absent folder has none."""
+    return listing(uri, recursive=recursive).files
+
+
+def listing(
+    uri: str, *, recursive: bool = True, skip: Callable[[str], bool] | None = None
+) -> Listing:
+    """Return the files under a folder and what was left out; each real folder is read once.
+
+    Args:
+        uri: the folder; it has no files if it is absent.
+        recursive: whether to enter the folders in it.
+        skip: whether to leave out the files and folders of a name; None: all are read.
+    """
     fs, path = filesystem(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        top = path_on_disk(path)
+        found, left_out = attempted(
+            uri, "listed", lambda: walk(top, recursive=recursive, skip=skip)
+        )
+        local = [StoredFile(file, at.st_size, at.st_mtime_ns) for file, at in found]
+        return Listing(sorted(local, key=lambda file: file.uri), left_out)
     base, query = split_query(uri)
-    base = base.rstrip("/") if is_remote(uri) else path
     selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
-    infos = attempted(uri, "listed", lambda: fs.get_file_info(selector))
-    files = [
-        StoredFile(base + info.path[len(path.rstrip("/")) :] + query, info.size, info.mtime_ns or 0)
-        for info in infos
-        if info.type == pafs.FileType.File
-    ]
-    return sorted(files, key=lambda file: file.uri)
+    files = []
+    for info in attempted(uri, "listed", lambda: fs.get_file_info(selector)):
+        name = info.path[len(path.rstrip("/")) :]
+        skipped = skip is not None and any(map(skip, name.split("/")))
+        if info.type == pafs.FileType.File and not skipped:
+            files.append(StoredFile(base.rstrip("/") + name + query, info.size, info.mtime_ns or 0))
+    return Listing(sorted(files, key=lambda file: file.uri), Counter())
 
 
 def read_bytes(uri: str, *, offset: int = 0, length: int | None = None) -> bytes:
     """Return a file's bytes, or ``length`` of them from ``offset``."""
     fs, path = filesystem(uri)
+    place = path if is_remote(uri) else os.fsencode(path_on_disk(path))
 
     def read() -> bytes:
-        with fs.open_input_file(path) as file:
+        with fs.open_input_file(place) as file:
             size = file.size() - offset if length is None else length
             return bytes(file.read_at(size, offset))
 
     return attempted(uri, "read", read)
 
 
-def read_text(uri: str) -> str:
-    """Return a UTF-8 file's text."""
+def read_text(uri: str, *, errors: str = "strict") -> str:
+    """Return a UTF-8 file's text, without a byte order mark.
+
+    Args:
+        uri: the file.
+        errors: what to do with other bytes, as `bytes.decode` takes it.
+
+    Raises:
+        NotTextError: it is not UTF-8.
+    """
+    data = read_bytes(uri)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise NotTextError(f"{uri}: is UTF-16 or UTF-32 text; save it as UTF-8")
     try:
-        return read_bytes(uri).decode()
+        return data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise NotTextError(f"{uri} is no UTF-8 text ({error.reason}); give a text file") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise NotTextError(
+            f"{uri}: line {line} is not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from error
+
+
+def read_lines(uri: str, *, errors: str = "strict") -> list[str]:
+    """Return the lines of a UTF-8 file, without their ends and byte order marks.
+
+    Arguments are those of `read_text`. Marks in the middle are left by files that were joined.
+
+    Raises:
+        NotTextError: it is not UTF-8, or a line holds a NUL character.
+    """
+    text = read_text(uri, errors=errors)
+    lines = [line.removeprefix("\ufeff") for line in re.split(r"\r\n|\r|\n", text)]
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise NotTextError(f"{uri}: line {number} has a NUL character; save it as UTF-8 text")
+    return lines
 
 
 def parse_json(text: str) -> Any:

@@ -46,13 +46,15 @@ def config_from_file(path: str, overrides: Sequence[str] = ()) -> Config:
     values: Any = {}
     if path:
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 values = parse_yaml(file.read()) or {}
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be read ({error.strerror}); give a YAML file"
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
+        except yaml.YAMLError as error:
             raise ConfigError(f"{path}: is not YAML ({error}); mend the file") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds {type(values).__name__}; give a mapping of sections")

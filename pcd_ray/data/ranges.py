@@ -8,6 +8,7 @@ import pyarrow.fs as pafs
 
 from pcd_ray import storage
 from pcd_ray.errors import ShardError
+from pcd_ray.local_files import path_on_disk
 
 REMOTE_READS = 16  # requests in flight: object stores answer slowly but side by side
 
@@ -17,9 +18,8 @@ def by_filesystem(uris: Iterable[str]) -> list[tuple[pafs.FileSystem, dict[str, 
     groups: dict[tuple[str, str], tuple[pafs.FileSystem, dict[str, str]]] = {}
     for uri in dict.fromkeys(uris):
         if not storage.is_remote(uri):
-            groups.setdefault(("", ""), (pafs.LocalFileSystem(), {}))[1][uri] = storage.absolute(
-                uri
-            )
+            local = groups.setdefault(("", ""), (pafs.LocalFileSystem(), {}))[1]
+            local[uri] = path_on_disk(storage.absolute(uri))
             continue
         base, query = storage.split_query(uri)
         scheme, _, path = base.partition("://")
@@ -73,14 +73,22 @@ def _ranges_of(
 ) -> list[bytes]:
     try:
         parts = storage.attempted(uri, "read", lambda: _read_once(fs, path, ranges))
-    except storage.GoneError as error:
+    except storage.StorageError as error:
+        if not isinstance(error, storage.GoneError) and not _is_refused(error):
+            raise
         raise ShardError(
-            f"{uri}: cannot be read ({error.__cause__}); check that it is still there"
+            f"{uri}: cannot be read ({error.__cause__}); check that it is still there and can be "
+            "read"
         ) from error
     for (offset, size), part in zip(ranges, parts, strict=True):
         if len(part) != size:
             raise ShardError(f"{uri}: ends before byte {offset + size:,}; {mend}")
     return parts
+
+
+def _is_refused(error: storage.StorageError) -> bool:
+    """Say whether one file of a local disk may not be read."""
+    return isinstance(error.__cause__, PermissionError)
 
 
 def _read_once(fs: pafs.FileSystem, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -7,6 +7,7 @@ A second run takes finished shards as they are. The manifest comes last.
 import csv
 import io
 import json
+import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -37,6 +38,7 @@ from pcd_ray.ray_cluster import check_outlives_job
 
 BAD_IMAGES = "bad_images.csv"
 SUMMARY = "summary.json"
+_LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
 _SHOWN_REASONS = 3
 
@@ -59,6 +61,8 @@ class PackResult:
     """Time it took."""
     reused_shards: int
     """Parts that an earlier run had finished."""
+    notes: str = ""
+    """What was not read, and how folders were taken; also logged."""
 
     def summary(self) -> dict[str, Any]:
         """Return plain data for printing and JSON."""
@@ -90,7 +94,10 @@ def pack(data: DataConfig, *, seed: int, ready: Callable[[], object] | None = No
         )
     folder = storage.absolute(data.shards)
     check_outlives_job("data.shards", folder)
-    listing = list_sources([source.uri for source in data.sources])
+    notes: list[str] = []
+    listing = list_sources([source.uri for source in data.sources], notes)
+    for note in notes:
+        _LOG.warning(note)
     plan = plan_packing(
         listing, seed=seed, shard_bytes=data.shard_mib * _MIB, max_pixels=data.max_pixels
     )
@@ -111,6 +118,7 @@ def pack(data: DataConfig, *, seed: int, ready: Callable[[], object] | None = No
         bytes=sum(file.bytes for file in files),
         seconds=round(time.monotonic() - started, 3),
         reused_shards=reused,
+        notes="; ".join(notes),
     )
     text = json.dumps(result.summary(), indent=1) + "\n"
     storage.write_text(storage.join(folder, SUMMARY), text)

@@ -2,7 +2,8 @@
 
 import csv
 import functools
-import io
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -25,28 +26,53 @@ from pcd_ray.uris import OutsideError
 
 __all__ = ["IMAGE_SUFFIXES", "INDEX_SCHEMA", "is_list", "list_images", "list_sources", "open_index"]
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_JPEG_SUFFIXES = (".jfif", ".jpe", ".jpeg", ".jpg")
+IMAGE_SUFFIXES = (".bmp", ".gif", *_JPEG_SUFFIXES, ".png", ".tif", ".tiff", ".webp")
 LIST_SUFFIXES = (".csv", ".txt")
 MAX_LABEL = 1_000_000
+_OF_THE_SYSTEM = (
+    *("$recycle.bin", "recycler", "#recycle", "@recycle", "lost+found", "found.000"),
+    *("system volume information", "__macosx", "@eadir", "#snapshot"),
+)
+_SPLIT = re.compile(
+    r"(train|training|val|valid|validation|dev|test|testing|unlabell?ed)"
+    r"([-_ ]?(set|split|data|images|\d+))*",
+    re.IGNORECASE,
+)
+"""Names of folders that are splits of a data set where several of them lie side by side."""
+_SHOWN_SUFFIXES = 8
+_SHOWN_LINE = 80  # characters
+_MAX_DIGITS = 20
 
 
-def open_index(uri: str) -> pa.Table:
+def open_index(uri: str, notes: list[str] | None = None) -> pa.Table:
     """Return the image index of packed shards, of a folder of images or of a list file.
+
+    Args:
+        uri: the shards, the folder or the list.
+        notes: gets a line for each thing worth knowing, e.g. how many files were not read.
 
     Raises:
         ShardError: there is nothing, or what is there is damaged.
     """
     if not is_list(uri) and storage.exists(storage.join(uri, MANIFEST)):
         return open_shards(uri).index
-    return list_images(uri)
+    return list_images(uri, notes)
 
 
-def list_images(uri: str) -> pa.Table:
+def list_images(uri: str, notes: list[str] | None = None) -> pa.Table:
     """Return the image index of a folder tree, a bucket prefix or a list file, sorted by key.
 
     In a folder, first-level subfolders are classes when there are two or more and no image lies
-    outside them. A list file has lines ``path`` or ``path,label`` (a name or a number), relative
-    to its own folder or absolute; blank lines and lines that start with ``#`` are skipped.
+    outside them. If they are splits (``train``, ``val`` ...), the classes are the subfolders of
+    these. Hidden files and folders and those of the system (``lost+found`` ...) are skipped.
+
+    A list file has lines ``path`` or ``path,label`` (a name or a number; ``-1`` is no label),
+    relative to its own folder or absolute; blank lines and lines that start with ``#`` are skipped.
+
+    Args:
+        uri: the folder or the list.
+        notes: gets a line for each thing worth knowing, e.g. how many files were not read.
 
     Raises:
         ShardError: nothing is there, no image is there, or the list is not as described.
@@ -54,22 +80,25 @@ def list_images(uri: str) -> pa.Table:
     uri = storage.absolute(uri)
     if not storage.exists(uri):
         raise ShardError(f"{uri}: there is no such folder or list; check the path")
-    if is_list(uri):
-        return _from_list(uri)
-    return _from_folder(uri)
+    make = _from_list if is_list(uri) else _from_folder
+    return make(uri, [] if notes is None else notes)
 
 
-def list_sources(uris: Sequence[str]) -> pa.Table:
+def list_sources(uris: Sequence[str], notes: list[str] | None = None) -> pa.Table:
     """Return one index of several collections, in their order, each sorted by key.
 
     Keys start with the name of their collection when there are several; labels are counted in the
     sorted union of all class names.
 
+    Args:
+        uris: folders, lists and packed shards.
+        notes: as of `list_images`.
+
     Raises:
         ShardError: a collection is missing or empty, or a key occurs twice.
     """
     with naming("data.sources"):
-        tables = [open_index(uri).select(INDEX_SCHEMA.names) for uri in uris]
+        tables = [open_index(uri, notes).select(INDEX_SCHEMA.names) for uri in uris]
     classes = sorted({name for table in tables for name in classes_of(table)})
     names = _source_names(uris)
     parts = []
@@ -98,29 +127,78 @@ def _source_names(uris: Sequence[str]) -> list[str]:
     return [f"{name}.{number}" if name in repeated else name for number, name in enumerate(names)]
 
 
-def _from_folder(uri: str) -> pa.Table:
+def _from_folder(uri: str, notes: list[str]) -> pa.Table:
     base = storage.split_query(uri)[0].rstrip("/") + "/"
-    files = {}
-    for file in storage.list_files(uri):
+    listing = storage.listing(uri, skip=_is_hidden)
+    files: list[tuple[str, storage.StoredFile]] = []
+    other: Counter[str] = Counter()
+    for file in listing.files:
         key = storage.split_query(file.uri)[0].removeprefix(base)
-        hidden = any(part.startswith(".") for part in key.split("/"))
-        if key.lower().endswith(IMAGE_SUFFIXES) and not hidden:
-            files[key] = file
+        suffix = os.path.splitext(key)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
+            files.append((key, file))
+        else:
+            other[f"{suffix or 'no-suffix'} file"] += 1
+    left_out = _counted(other, _SHOWN_SUFFIXES) + _counted(listing.left_out)
+    if left_out:
+        notes.append(f"{uri}: not read: {', '.join(left_out)}")
     if not files:
-        raise ShardError(f"{uri}: holds no image ({', '.join(IMAGE_SUFFIXES)}); check the path")
-    keys = sorted(files)
-    folders = sorted({key.partition("/")[0] for key in keys if "/" in key})
-    labelled = len(folders) >= 2 and all("/" in key for key in keys)
-    classes = folders if labelled else []
+        there = f"; there are {', '.join(left_out)}" if left_out else ""
+        raise ShardError(
+            f"{uri}: holds no image ({', '.join(IMAGE_SUFFIXES)}){there}; check the path"
+        )
+    files.sort(key=lambda pair: pair[0])
+    keys = [key for key, _ in files]
+    labels, classes = _folder_labels(uri, keys, notes)
+    return _table(keys, labels, [(file.uri, file.size_bytes) for _, file in files], classes)
+
+
+def _is_hidden(name: str) -> bool:
+    """Say whether a file or folder is hidden or the system's."""
+    return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
+
+
+def _counted(counts: Counter[str], most: int | None = None) -> list[str]:
+    """Return ``12 .heic files`` of each kind, the most common first."""
+    shown = counts.most_common(most)
+    rest = counts.total() - sum(count for _, count in shown)
+    shown += [("other file", rest)] if rest else []
+    return [f"{count:,} {kind}{'s' if count > 1 else ''}" for kind, count in shown]
+
+
+def _folder_labels(uri: str, keys: list[str], notes: list[str]) -> tuple[list[int], list[str]]:
+    """Return the label of each key and the class names, by the folders that images lie in."""
+    top = {key.partition("/")[0] for key in keys if "/" in key}
+    splits = sorted(filter(_SPLIT.fullmatch, top))
+    depth = 1 if len(splits) > 1 or (splits and len(top) == 1) else 0
+    if depth:
+        parts = [[key.partition("/")[2] for key in keys if key.startswith(f"{s}/")] for s in splits]
+        classes = sorted({name for part in parts for name in _class_folders(part)})
+        labels_are = f"the {len(classes)} classes are the folders in them"
+        notes.append(
+            f"{uri}: all read, as splits and not as classes: {', '.join(splits)}; "
+            + (labels_are if classes else "there are no labels")
+        )
+    else:
+        classes = _class_folders(keys)
     number = {name: position for position, name in enumerate(classes)}
-    labels = [number.get(key.partition("/")[0], -1) for key in keys]
-    listed = [(files[key].uri, files[key].size_bytes) for key in keys]
-    return _table(keys, labels, listed, classes)
+    labels = []
+    for key in keys:
+        *folders, _ = key.split("/")
+        inside = len(folders) > depth and (not depth or folders[0] in splits)
+        labels.append(number.get(folders[depth], -1) if inside else -1)
+    return labels, classes
 
 
-def _from_list(uri: str) -> pa.Table:
+def _class_folders(keys: list[str]) -> list[str]:
+    """Return the first-level folders if they are classes: two or more, and no image outside."""
+    folders = sorted({key.partition("/")[0] for key in keys})
+    return folders if len(folders) > 1 and all("/" in key for key in keys) else []
+
+
+def _from_list(uri: str, notes: list[str]) -> pa.Table:
     folder = storage.parent(uri)
-    entries = _parse_list(uri)
+    entries = _parse_list(uri, notes)
     entries.sort()
     uris = [_resolve(folder, path) for path, _ in entries]
     labels, classes = _numbered([label for _, label in entries], uri)
@@ -133,23 +211,39 @@ def _from_list(uri: str) -> pa.Table:
     return index
 
 
-def _parse_list(uri: str) -> list[tuple[str, str]]:
-    """Return (path, label) of each line; the label is "" where there is none."""
-    lines = storage.read_text(uri).splitlines()
-    kept = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if kept and kept[0].strip().lower() in ("path", "path,label"):
-        del kept[0]
-    entries = []
-    for row in csv.reader(io.StringIO("\n".join(kept)), skipinitialspace=True):
-        if len(row) > 2:
-            raise ShardError(
-                f"{uri}: line {','.join(row)!r} has {len(row)} fields; "
-                "write path or path,label, with quotes round a path that has commas"
-            )
-        entries.append((row[0].strip(), row[1].strip() if len(row) == 2 else ""))
-    if not entries:
+def _parse_list(uri: str, notes: list[str]) -> list[tuple[str, str]]:
+    """Return (path, label) of each line; the label is "" where there is none.
+
+    Each line stands for itself: a quote that is not closed cannot take the next lines with it.
+    """
+    lines = storage.read_lines(uri, errors="backslashreplace")
+    kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    data = [(number, line) for number, line in kept if not line.lstrip().startswith("#")]
+    rows = [_fields(f"{uri}: line {number}", line) for number, line in data]
+    if rows and [field.lower() for field in rows[0]] in (["path"], ["path", "label"]):
+        del rows[0]
+    if not rows:
         raise ShardError(f"{uri}: lists no image; write one path or path,label per line")
-    return entries
+    if comments := Counter(["comment line"] * (len(kept) - len(data))):
+        notes.append(f"{uri}: not read: {', '.join(_counted(comments))}")
+    return [(row[0], row[1] if len(row) == 2 else "") for row in rows]
+
+
+def _fields(place: str, line: str) -> list[str]:
+    """Return the fields of a line, one or two; ``place`` says where it is, for messages."""
+    form = "write path or path,label, with quotes around a path that has commas or quotes"
+    shown = repr(line if len(line) <= _SHOWN_LINE else line[:_SHOWN_LINE] + "...")
+    try:
+        (row,) = csv.reader([line], skipinitialspace=True, strict=True)
+    except csv.Error as error:
+        raise ShardError(f"{place}: {shown} is not CSV ({error}); {form}") from error
+    if line.count('"') % 2:
+        raise ShardError(f"{place}: {shown} has a quote without its pair; {form}")
+    if len(row) > 2:
+        raise ShardError(f"{place}: {shown} has {len(row)} fields; {form}")
+    if not row[0].strip():
+        raise ShardError(f"{place}: {shown} has no path; {form}")
+    return [field.strip() for field in row]
 
 
 def _resolve(folder: str, path: str) -> str:
@@ -164,10 +258,11 @@ def _resolve(folder: str, path: str) -> str:
 def _numbered(labels: list[str], uri: str) -> tuple[list[int], list[str]]:
     """Return label numbers and class names: numbers stay as they are, names are sorted."""
     given = {label for label in labels if label}
-    if given and all(label.isdigit() for label in given):
-        largest = max(int(label) for label in given)
+    if given and all(re.fullmatch(r"[0-9]+|-1", label) for label in given):
+        long = max(given, key=len)
+        largest = max(int(label) for label in given) if len(long) <= _MAX_DIGITS else MAX_LABEL + 1
         if largest > MAX_LABEL:
-            raise ShardError(f"{uri}: label {largest} is over {MAX_LABEL}; number classes from 0")
+            raise ShardError(f"{uri}: label {long:.40} is over {MAX_LABEL}; number classes from 0")
         return [int(label or -1) for label in labels], [str(n) for n in range(largest + 1)]
     classes = sorted(given)
     number = {name: position for position, name in enumerate(classes)}
@@ -192,10 +287,11 @@ def _file_infos(uris: list[str]) -> list[pafs.FileInfo]:
     """Look files up, a whole bucket in one call."""
     infos: dict[str, pafs.FileInfo] = {}
     for fs, paths in by_filesystem(uris):
+        names: list[str | bytes] = list(paths.values())
+        if isinstance(fs, pafs.LocalFileSystem):  # their bytes need not be UTF-8
+            names = [os.fsencode(name) for name in names]
         found = storage.attempted(
-            next(iter(paths)),
-            "looked up",
-            functools.partial(fs.get_file_info, list(paths.values())),
+            next(iter(paths)), "looked up", functools.partial(fs.get_file_info, names)
         )
         infos.update(zip(paths, found, strict=True))
     return [infos[uri] for uri in uris]

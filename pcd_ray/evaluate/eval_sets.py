@@ -141,14 +141,16 @@ def decode_all(option: str, decode: Callable[[Any], object], items: Sequence[Any
 
 
 def _labelled(option: str, uri: str, left_out: list[str]) -> pa.Table:
-    """Return the index of a collection's labelled images; note how many are left out."""
+    """Return the index of a collection's labelled images; note what is left out."""
     with naming(option):
-        index = open_index(uri)
+        notes: list[str] = []
+        index = open_index(uri, notes)
         labelled = column(index, "label") >= 0
         if not labelled.any():
             raise ShardError(
                 f"{uri} has no labels; give class subfolders or shards packed from them"
             )
+    left_out += [f"{option}={note}" for note in notes]
     if not labelled.all():
         left_out.append(
             f"{np.count_nonzero(~labelled):,} of {labelled.size:,} images of {option} are left "

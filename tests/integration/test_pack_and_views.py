@@ -1,6 +1,7 @@
 """Real Ray: packing is repeatable and resumable, views follow the plan for any number of ranks."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -105,8 +106,12 @@ def test_other_images_or_another_seed_never_overwrite(source: str, tmp_path: Pat
 
 def test_unreadable_images_are_counted_and_listed(tmp_path: Path) -> None:
     source = _images(tmp_path / "images", bad=3)
+    right = tmp_path / "images" / "right"
+    os.rename(os.fsencode(right / "003.png"), os.fsencode(right) + b"/caf\xe9.png")
+    (right / "003.heic").write_bytes(b"not read")
     result = _pack(source, tmp_path / "shards", max_bad_fraction=0.06)
     assert (result.num_images, result.num_bad) == (NUM_IMAGES - 3, 3)
+    assert result.notes == f"{source}: not read: 1 .heic file"
     lines = (tmp_path / "shards" / "bad_images.csv").read_text().splitlines()
     assert lines[0] == "key,uri,reason"
     assert sorted(line.split(",")[0] for line in lines[1:]) == [
@@ -117,7 +122,9 @@ def test_unreadable_images_are_counted_and_listed(tmp_path: Path) -> None:
     assert all(line.endswith(",not an image") for line in lines[1:])
     packed = open_shards(str(tmp_path / "shards"))
     assert packed.num_bad == 3
-    assert "left/000.png" not in packed.index.column("key").to_pylist()
+    keys = packed.index.column("key").to_pylist()
+    assert "left/000.png" not in keys
+    assert "right/caf\\xe9.png" in keys
 
 
 def test_too_many_unreadable_images_stop_it_and_finished_parts_stay(tmp_path: Path) -> None:

@@ -242,6 +242,15 @@ def test_a_bad_file_or_override_is_refused_in_words(
     assert message in str(caught.value)
 
 
+def test_a_byte_order_mark_is_read_and_other_encodings_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("loss: {temperature: 0.3}", "utf-8-sig")
+    assert config_from_file(str(file)).loss.temperature == 0.3
+    file.write_text("loss: {temperature: 0.3}", "utf-16")
+    with pytest.raises(ConfigError, match=r"a\.yaml: is not UTF-8 text .*; save it as UTF-8"):
+        config_from_file(str(file))
+
+
 def test_changes_are_listed_where_they_matter_and_the_seed_does() -> None:
     old = config_from_values({"train": {"global_batch_size": 8}})
     new = config_from_values(

@@ -32,6 +32,15 @@ def test_images(tmp_path: Path) -> None:
     }
 
 
+def test_classes_are_those_of_the_folders_in_splits(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_images(tmp_path / split)
+    found = inspect(str(tmp_path)).facts
+    nested = inspect(str(tmp_path / "train")).facts
+    assert (found["images"], found["classes"]) == (2 * nested["images"], nested["classes"])
+    assert found["notes"].endswith("train, val; the 2 classes are the folders in them")
+
+
 def test_shards_are_verified_to_the_byte(tmp_path: Path) -> None:
     folder = write_shards(tmp_path)
     found = inspect(folder, verify=True).summary()

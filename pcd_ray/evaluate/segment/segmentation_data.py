@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from pcd_ray import storage
@@ -72,6 +72,12 @@ class SegmentationData:
             ShardError: as for `example`.
         """
         image = self._opened(self.images[name], rgb=True)
+        width, height = self.resized_size(image)
+        if width * height > _max_pixels():
+            raise ShardError(
+                f"{self.images[name]}: its {image.width} x {image.height} px become {width:,} x "
+                f"{height:,} at eval.segmentation_size_px={self.size_px}; leave this image out"
+            )
         return image, self._labels(name, image.size)
 
     def _labels(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -124,12 +130,10 @@ class SegmentationData:
         return self.splits[split]
 
     def _opened(self, uri: str, *, rgb: bool) -> Image.Image:
-        data, max_pixels = storage.read_bytes(uri), 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        data = storage.read_bytes(uri)
         try:
-            image = open_image(data, max_pixels=max_pixels, max_decode_s=self.max_decode_s)
-            if rgb:
-                return finish_rgb(image)
-            image.load()
+            image = open_image(data, max_pixels=_max_pixels(), max_decode_s=self.max_decode_s)
+            image = finish_rgb(image) if rgb else ImageOps.exif_transpose(image)
         except Exception as error:  # Pillow's parsers raise any kind of error on damaged bytes
             raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
         return image
@@ -163,7 +167,7 @@ def open_segmentation(uri: str, *, size_px: int = 0) -> SegmentationData:
         for split in _SPLITS
         if split != "test" or storage.exists(storage.join(uri, "test.txt"))
     }
-    classes = lines_of(uri, "classes.txt")
+    classes = lines_of(uri, "classes.txt", numbered=True)
     if len(classes) > VOID:
         raise ShardError(
             f"{uri}/classes.txt: {len(classes)} classes do not fit 8-bit masks, in which {VOID} is "
@@ -199,16 +203,23 @@ def check_present(
                 )
 
 
-def lines_of(uri: str, name: str, *, layout: str = _LAYOUT) -> tuple[str, ...]:
+def lines_of(
+    uri: str, name: str, *, layout: str = _LAYOUT, numbered: bool = False
+) -> tuple[str, ...]:
     """Return the lines of a list in a folder, blank ones left out.
 
     Raises:
-        ShardError: it is missing, which ``layout`` says in words should be there, or empty.
+        ShardError: it is missing, which ``layout`` says in words should be there, or empty, or
+            lines are ``numbered`` and one before the last is blank.
     """
     path = storage.join(uri, name)
     if not storage.exists(path):
         raise ShardError(f"{path}: is missing; {layout}")
-    lines = tuple(line.strip() for line in storage.read_text(path).splitlines() if line.strip())
+    read = [line.strip() for line in storage.read_lines(path)]
+    lines = tuple(filter(None, read))
+    if numbered and "" in read[: len(lines)]:
+        blank = read.index("") + 1
+        raise ShardError(f"{path}: line {blank} is blank, and line numbers are labels; remove it")
     if not lines:
         raise ShardError(f"{path}: is empty; write one name per line")
     return lines
@@ -223,6 +234,11 @@ def files_by_id(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str
         if (dot + suffix).lower() in suffixes:
             found[name] = file.uri
     return found
+
+
+def _max_pixels() -> int:
+    """Return the most pixels of an image that Pillow reads."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
 
 def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:

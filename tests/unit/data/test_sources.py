@@ -1,14 +1,17 @@
 """Which images a URI holds: folders, lists, several sources, and the errors of each."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pcd_ray.data.decode import decode_rgb
 from pcd_ray.data.image_index import classes_of, relabelled
+from pcd_ray.data.shards import read_image_bytes
 from pcd_ray.data.sources import INDEX_SCHEMA, is_list, list_images, list_sources, open_index
-from pcd_ray.errors import ShardError
+from pcd_ray.errors import PcdError, ShardError
 
 
 def _image(path: Path) -> None:
@@ -52,10 +55,114 @@ def test_other_layouts_have_no_labels(tmp_path: Path, names: tuple[str, ...]) ->
     assert classes_of(index) == ()
 
 
-def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
+def _keys(index: pa.Table) -> list[str]:
+    keys: list[str] = index.column("key").to_pylist()
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "labels"),
+    [
+        (("train/cat/a.png", "train/dog/b.png", "val/dog/c.png"), ("cat", "dog"), [0, 1, 1]),
+        (("test/dog/a.png", "train/cat/a.png", "train/dog/b.png"), ("cat", "dog"), [1, 0, 1]),
+        (("train/cat/a.png", "train/dog/b.png"), ("cat", "dog"), [0, 1]),
+        (("train/a.png", "val/b.png"), (), [-1, -1]),
+        (("train2017/a.png", "val2017/b.png"), (), [-1, -1]),
+        (
+            ("Train/cat/a.png", "Train/dog/b.png", "more/cat/c.png", "valid/d.png"),
+            ("cat", "dog"),
+            [0, 1, -1, -1],
+        ),
+        (
+            ("train/n1/images/a.png", "train/n2/images/b.png", "val/images/c.png"),
+            ("n1", "n2"),
+            [0, 1, -1],
+        ),
+        (("bus/a.png", "cat/b.png", "train/c.png"), ("bus", "cat", "train"), [0, 1, 2]),
+    ],
+)
+def test_splits_are_no_classes(
+    tmp_path: Path, names: tuple[str, ...], classes: tuple[str, ...], labels: list[int]
+) -> None:
+    """A single folder named like a split, among others, is a class: trains are photographed too."""
+    notes: list[str] = []
+    index = list_images(_tree(tmp_path, *names), notes)
+    assert _columns(index, "key", "label") == list(zip(names, labels, strict=True))
+    assert classes_of(index) == classes
+    assert ["as splits and not as classes" in note for note in notes] == [True] * (
+        "bus" not in classes
+    )
+
+
+SYSTEM = ("lost+found", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "@eaDir", ".Trash")
+
+
+def test_hidden_and_system_folders_are_left_out(tmp_path: Path) -> None:
     _tree(tmp_path, "a.png", ".hidden.png", ".cache/b.png", "x/._c.png")
-    (tmp_path / "notes.txt").write_text("no image")
-    assert list_images(str(tmp_path)).column("key").to_pylist() == ["a.png"]
+    _tree(tmp_path, *(f"{folder}/c.png" for folder in SYSTEM), "x/lost+found/d.png")
+    assert _keys(list_images(str(tmp_path))) == ["a.png"]
+
+
+def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
+    _tree(tmp_path, "a.png")
+    for name in ("b.jfif", "c.JPE", "d.heic", "x/e.HEIC", "f.avif", "g", ".h.heic"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"...")
+    notes: list[str] = []
+    assert _keys(list_images(str(tmp_path), notes)) == ["a.png", "b.jfif", "c.JPE"]
+    assert notes == [f"{tmp_path}: not read: 2 .heic files, 1 .avif file, 1 no-suffix file"]
+    only = _tree(tmp_path / "x")
+    with pytest.raises(ShardError, match=r"holds no image .*; there are 1 \.heic file; check"):
+        list_images(only)
+
+
+def test_each_real_folder_is_read_once(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    _tree(top, "one/a.png", "two/b.png")
+    _tree(tmp_path / "elsewhere", "c.png", "deep/d.png")
+    links = {
+        "again": "one",  # sorts before it
+        "chain": "again",
+        "one/up": "..",
+        "one/above": "../..",  # around the folder that is listed
+        "self": ".",
+        "two/far": "../../elsewhere",
+        "far": "../elsewhere/deep",  # reached by this link, and not again by the other
+        "two/e.png": "../one/a.png",
+        "broken": "nowhere",
+        "broken.png": "nowhere.png",
+        "endless": "endless",
+    }
+    for name, target in links.items():
+        (top / name).symlink_to(target)
+    os.mkfifo(top / "pipe.png")
+    notes: list[str] = []
+    keys = ["far/d.png", "one/a.png", "two/b.png", "two/e.png", "two/far/c.png"]
+    assert _keys(list_images(str(top), notes)) == keys
+    assert notes == [f"{top}: not read: 6 duplicate folder links, 3 broken links, 1 special file"]
+
+
+def test_names_that_are_not_utf8_are_escaped_and_found_again(tmp_path: Path) -> None:
+    names = [b"caf\xe9/a.png", b"dog/\xff\xe9.png", b"dog/caf\\xe9.png", b"dog/\xc3\xa9.png"]
+    for size, name in enumerate(names, 8):
+        path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (size, 8)).save(path)
+    index = list_images(str(tmp_path))
+    keys = ["caf\\xe9/a.png", "dog/\\xff\\xe9.png", "dog/caf\\xe9.png", "dog/\u00e9.png"]
+    assert sorted(_keys(index)) == sorted(keys)
+    assert classes_of(index) == ("caf\\xe9", "dog")
+    columns = (index.column(name).to_pylist() for name in ("uri", "offset", "size"))
+    widths = [decode_rgb(data, max_pixels=10**6).width for data in read_image_bytes(*columns)]
+    assert dict(zip(_keys(index), widths, strict=True)) == dict(
+        zip(keys, range(8, 12), strict=True)
+    )
+    (tmp_path / "list.csv").write_bytes(names[0] + b",h\xf4tel\n" + names[2] + b",x\n")
+    listed = list_images(str(tmp_path / "list.csv"))
+    assert _keys(listed) == [keys[0], keys[2]]
+    assert classes_of(listed) == ("h\\xf4tel", "x")
+    assert set(listed.column("uri").to_pylist()) < set(index.column("uri").to_pylist())
 
 
 def test_names_with_spaces_and_signs_are_kept(tmp_path: Path) -> None:
@@ -107,13 +214,48 @@ def test_a_list_of_numbers_keeps_them(tmp_path: Path) -> None:
         ("# nothing\n\n", "lists no image"),
         ("a.png\na.png\n", "names 'a.png' more than once"),
         ("a.png,99999999\n", "label 99999999 is over"),
+        (f"a.png,{'9' * 5000}\n", "label 9{40} is over"),
+        ('a.png,"cat\nb.png,dog\n', "line 1: .* is not CSV"),
+        ('a.png,cat\n\nb.png,"dog\nc.png,x"\n', "line 3: .* is not CSV"),
+        ('"a.png",cat"\n', "line 1: .* has a quote without its pair"),
+        ('a.png,"c"at\n', "line 1: .* is not CSV"),
+        ("a.png,cat\nb.png\0,dog\n", "line 2 has a NUL character"),
+        ("a.png,cat\n,dog\n", "line 2: ',dog' has no path"),
+        ("a.png\fb.png\n", "1 of its 1 images are missing"),
     ],
 )
 def test_a_wrong_list_is_explained(tmp_path: Path, text: str, message: str) -> None:
     _tree(tmp_path, "a.png", "b.png")
     (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(ShardError, match=message):
+    with pytest.raises(PcdError, match=message):
         list_images(str(tmp_path / "list.txt"))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_marks_and_line_ends_of_other_systems_are_read(tmp_path: Path, end: str) -> None:
+    _tree(tmp_path, "a.png", 'b "2".png', "c,d.png")
+    lines = ["\ufeffpath,label", "a.png,ant", '"b ""2"".png",bee', '\ufeff"c,d.png","ant"']
+    (tmp_path / "list.csv").write_text(end.join(lines), newline="")
+    index = list_images(str(tmp_path / "list.csv"))
+    assert _columns(index, "key", "label") == [("a.png", 0), ('b "2".png', 1), ("c,d.png", 0)]
+    (tmp_path / "list.csv").write_text("a.png", "utf-16")
+    with pytest.raises(PcdError, match=r"list\.csv: is UTF-16 or UTF-32 text; save it as UTF-8"):
+        list_images(str(tmp_path / "list.csv"))
+
+
+def test_comment_lines_are_counted_and_minus_one_is_no_label(tmp_path: Path) -> None:
+    _tree(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text("# two of three\na.png,-1\nb.png,1\n#c.png,2\n")
+    notes: list[str] = []
+    index = list_images(str(tmp_path / "list.csv"), notes)
+    assert _columns(index, "key", "label") == [("a.png", -1), ("b.png", 1)]
+    assert notes == [f"{tmp_path}/list.csv: not read: 2 comment lines"]
+
+
+def test_digits_of_other_scripts_are_names(tmp_path: Path) -> None:
+    _tree(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text("a.png,\u00b2\nb.png,3\n")
+    assert classes_of(list_images(str(tmp_path / "list.csv"))) == ("3", "\u00b2")
 
 
 def test_several_sources_share_one_index_and_one_set_of_classes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from stored_shards import write_images
 from tiny import tiny_config
 
 from pcd_ray.errors import ShardError
@@ -61,6 +62,14 @@ def test_images_without_a_label_do_not_vote_and_those_of_unknown_classes_are_not
 def test_a_class_that_is_named_but_has_no_image_is_unknown(tmp_path: Path) -> None:
     images = opened(tmp_path, {"a.png": "0", "b.png": "2"}, {"c.png": "1", "d.png": "2"})
     assert rows(images, "test") == [("d.png", 2)]  # 0 to 2 are names; no image is a 1
+
+
+def test_files_that_are_not_read_are_said(tmp_path: Path) -> None:
+    folder = write_images(tmp_path)
+    (tmp_path / "left" / "3.heic").write_bytes(b"...")
+    images = open_knn_images(tiny_config(eval={"knn_train": folder, "knn_test": folder}))
+    assert images is not None
+    assert images.left_out == (f"eval.knn_train={folder}: not read: 1 .heic file",)
 
 
 def test_nothing_is_said_when_nothing_is_left_out(tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_crowds_empty_images_and_boxes_partly_outside_are_kept_and_counted(tmp_p
     )
 
 
+def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    folder = write_set(tmp_path)
+    before = open_detection(folder, masks=True)
+    for split in ("train", "val"):
+        file = tmp_path / f"instances_{split}.json"
+        file.write_text(file.read_text(), "utf-8-sig")
+    assert open_detection(folder, masks=True).sha256 == before.sha256
+
+
 def test_coco_as_it_is_downloaded_is_recognised(tmp_path: Path) -> None:
     ours = Path(write_set(tmp_path / "ours"))
     coco = tmp_path / "coco"

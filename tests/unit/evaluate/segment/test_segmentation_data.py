@@ -52,6 +52,29 @@ def test_photographs_are_turned_as_viewers_turn_them(tmp_path: Path) -> None:
     image, same = open_segmentation(folder).decoded("val_00")
     np.testing.assert_array_equal(np.asarray(image), np.asarray(upright))
     np.testing.assert_array_equal(same, labels)
+    mask = Image.fromarray(labels).transpose(Image.Transpose.ROTATE_270)
+    mask.save(tmp_path / "masks" / "val_00.png", exif=exif)
+    np.testing.assert_array_equal(open_segmentation(folder).decoded("val_00")[1], labels)
+
+
+def test_a_strip_that_resizing_would_make_huge_is_refused(tmp_path: Path) -> None:
+    folder = painted_set(tmp_path)
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "images" / "val_01.png")
+    message = r"val_01\.png: its 60000 x 1 px become 14,400,000 x 240"
+    with pytest.raises(ShardError, match=message):
+        open_segmentation(folder, size_px=240).decoded("val_01")
+
+
+def test_lists_are_read_with_byte_order_marks_and_lose_no_line(tmp_path: Path) -> None:
+    folder = painted_set(tmp_path)
+    before = open_segmentation(folder)
+    for name in ("classes.txt", "train.txt", "val.txt"):
+        lines = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(lines + "\n\n", "utf-8-sig", newline="\r\n")
+    assert open_segmentation(folder) == before
+    (tmp_path / "classes.txt").write_text("sky\n\nroad\ntree\n")
+    with pytest.raises(ShardError, match=r"classes\.txt: line 2 is blank, and line numbers are"):
+        open_segmentation(folder)
 
 
 def test_a_batch_ends_where_the_size_changes(tmp_path: Path) -> None:
