@@ -19,7 +19,7 @@ from pcd_ray.config import Config
 from pcd_ray.errors import ShardError, naming
 from pcd_ray.evaluate.detect.detect_settings import detection_task, finetune_settings
 from pcd_ray.evaluate.detect.detection import detect
-from pcd_ray.evaluate.detect.detection_ap import Result, average_precision, results_of
+from pcd_ray.evaluate.detect.detection_ap import Result, average_precision, evaluated, results_of
 from pcd_ray.evaluate.detect.detection_data import SPLITS, DetectionData, DetectionImage
 from pcd_ray.evaluate.detect.detection_figure import (
     detection_grid,
@@ -189,17 +189,16 @@ def _check_objects(task: DetectionTask, data: DetectionData) -> None:
             f"{data.val.file}: the {len(images)} images that take part have 0 objects; raise "
             f"eval.detect.fraction={task.fraction:g}"
         )
+    for of in _scored(task).values():  # what the evaluator refuses is known before the training
+        evaluated(images, [], category_ids=data.category_ids, of=of)
 
 
 def _scores(
     task: DetectionTask, data: DetectionData, results: Sequence[Result], *, seed: int
 ) -> Scores:
     images = task.images("val")
-    kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"}
-    if task.views.masks:
-        kinds["mask"] = "segm"
     scores = Scores(values={}, about=_about(task))
-    for name, kind in kinds.items():
+    for name, kind in _scored(task).items():
         scored = average_precision(
             images,
             results,
@@ -216,6 +215,10 @@ def _scores(
         scores.classes[f"{name}_ap"] = scored.classes
     scores.pictures["detections.png"] = _drawn(task, images, results, data)
     return scores
+
+
+def _scored(task: DetectionTask) -> dict[str, Literal["bbox", "segm"]]:
+    return {"box": "bbox", "mask": "segm"} if task.views.masks else {"box": "bbox"}
 
 
 def _about(task: DetectionTask) -> dict[str, Any]:
