@@ -19,6 +19,7 @@ from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, naming
 from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
 from pcd_ray.evaluate.segment.segmentation_layouts import open_layout
+from pcd_ray.progress import counted
 
 KNN_SAMPLE = 500
 """Images of each kNN set that are decoded before training."""
@@ -149,7 +150,8 @@ def decode_all(option: str, decode: Callable[[Any], _T], items: Sequence[Any]) -
         PcdError: what ``decode`` raises first, after the option's name.
     """
     with naming(option), ThreadPoolExecutor(REMOTE_READS) as pool:
-        return list(pool.map(decode, items))
+        found = pool.map(decode, items)
+        return list(counted(found, f"decoding {option}", "images", len(items)))
 
 
 def _labelled(option: str, uri: str, left_out: list[str]) -> pa.Table:

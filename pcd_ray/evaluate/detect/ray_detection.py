@@ -32,6 +32,7 @@ from pcd_ray.evaluate.finetune.ray_finetune import finetune
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.scores import Scores
+from pcd_ray.progress import counted, progress
 from pcd_ray.ray_cluster import call_in_tasks
 from pcd_ray.ray_shares import WorkerShare
 
@@ -39,7 +40,6 @@ DETECTIONS = "detections.json"
 """What was found on the validation images, as COCO's results files hold it."""
 
 _IMAGES_PER_PART = 100
-_LOADERS = 4  # threads that decode images for one task
 _FIGURE_IMAGES = 4
 
 
@@ -72,7 +72,8 @@ def judge_detection(
     """
     options = config.eval.detect
     task = detection_task(network, data, options, limits=config.data, seed=seed)
-    _check_objects(task, data)
+    with progress("checking annotations"):
+        _check_objects(task, data)
     about: dict[str, Any] = {}
     results = stored_results(storage.join(place.part, DETECTIONS))
     if results is None:
@@ -86,7 +87,8 @@ def judge_detection(
             share=WorkerShare(device, cpus=1, threads=1, labels=config.train.node_labels),
         )
         about["seconds_looking"] = round(time.monotonic() - started, 1)
-    scores = _scores(task, data, results, seed=seed)
+    with progress("scoring detections"):
+        scores = _scores(task, data, results, seed=seed)
     scores.about.update(about)
     if history := read_history(storage.join(place.part, "metrics.jsonl")):
         scores.pictures["training.png"] = training_curve(history)
@@ -138,11 +140,12 @@ def found_results(
     call_in_tasks(
         _look,
         [
-            (*shared, mine, tuple(category_ids), share.device, uri)
+            (*shared, mine, tuple(category_ids), share, uri)
             for uri, mine in parts.items()
             if stored_results(uri) is None
         ],
         share=share,
+        what="detecting objects",
     )
     results = [result for uri in parts for result in stored_results(uri) or []]
     storage.write_text(storage.join(place, DETECTIONS), json.dumps(results))
@@ -155,17 +158,18 @@ def _look(
     weights: dict[str, Tensor],
     images: Sequence[DetectionImage],
     category_ids: tuple[int, ...],
-    device: str,
+    share: WorkerShare,
     uri: str,
 ) -> None:
     """Look for objects on some of the validation images, one by one, and store what is found."""
-    torch.set_num_threads(1)  # other tasks have the other cores
+    torch.set_num_threads(share.threads)
     detector = task.build()
     detector.load_state_dict(weights)
-    detector.to(torch.device(device)).eval()
+    detector.to(torch.device(share.device)).eval()
     results: list[Result] = []
-    with ThreadPoolExecutor(_LOADERS) as pool:
-        for image, pixels in zip(images, pool.map(task.views.judged, images), strict=True):
+    with ThreadPoolExecutor(share.threads) as pool:
+        decoded = counted(pool.map(task.views.judged, images), "images", "images", len(images))
+        for image, pixels in zip(images, decoded, strict=True):
             (found,) = detect(detector, [pixels], [(image.height, image.width)])
             results += results_of(image, found, category_ids)
     storage.write_text(uri, json.dumps(results))

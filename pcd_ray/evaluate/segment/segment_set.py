@@ -16,6 +16,7 @@ from pcd_ray.errors import ConfigError, ShardError, naming
 from pcd_ray.evaluate.contents import hash_of
 from pcd_ray.evaluate.eval_sets import open_probe
 from pcd_ray.evaluate.segment.segmentation_data import VOID, SegmentationData
+from pcd_ray.progress import counted
 
 _READS = 8  # at once
 _SHOWN = 5  # damaged files that are named
@@ -112,7 +113,8 @@ def _all_seen(see: Callable[[str], _Seen], names: Sequence[str]) -> list[_Seen]:
             return error
 
     with ThreadPoolExecutor(_READS) as pool:
-        for result in pool.map(try_one, names):
+        seen = pool.map(try_one, names)
+        for result in counted(seen, "decoding eval.segmentation", "images", len(names)):
             if isinstance(result, ShardError):
                 wrong.append(str(result))
             else:
