@@ -32,6 +32,10 @@ class TrainingError(PcdError):
     """Training stopped because its numbers are no longer finite or its workers failed."""
 
 
+class EvaluationError(PcdError):
+    """Some of an evaluation could not be done, or its numbers are not finite; the rest stays."""
+
+
 @contextmanager
 def naming(option: str) -> Iterator[None]:
     """Put an option's name before the message of our own errors."""

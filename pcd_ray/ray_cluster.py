@@ -7,13 +7,17 @@ import base64
 import logging
 import os
 import pickle
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 import ray.util
 
+from pcd_ray import progress
 from pcd_ray.errors import ClusterError, PcdError
+from pcd_ray.ray_events import EventReceiver, EventSender
 from pcd_ray.ray_nodes import Cluster, Node, cluster_nodes
 from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.uris import without_secrets
@@ -100,17 +104,21 @@ def check_outlives_job(option: str, uri: str) -> None:
         )
 
 
-def call_in_task(work: Callable[..., Any], *args: Any, share: WorkerShare) -> Any:
+def call_in_task(work: Callable[..., Any], *args: Any, share: WorkerShare, what: str = "") -> Any:
     """Call a function in a Ray task that gets a worker's share; return its result.
 
     Raises:
         PcdError: as `call_in_tasks`.
     """
-    return call_in_tasks(work, [args], share=share)[0]
+    return call_in_tasks(work, [args], share=share, what=what)[0]
 
 
 def call_in_tasks(
-    work: Callable[..., Any], arguments: Sequence[Sequence[Any]], *, share: WorkerShare
+    work: Callable[..., Any],
+    arguments: Sequence[Sequence[Any]],
+    *,
+    share: WorkerShare,
+    what: str = "",
 ) -> list[Any]:
     """Call a function once for each tuple of arguments, in Ray tasks; return results in order.
 
@@ -120,6 +128,8 @@ def call_in_tasks(
         work: the function.
         arguments: of each call.
         share: what each task gets.
+        what: is done, for a line every 10 s; empty: nothing is logged. A single task's own
+            `progress` is part of it.
 
     Raises:
         PcdError: ``work`` raised it.
@@ -131,14 +141,58 @@ def call_in_tasks(
         num_gpus=share.gpus,
         label_selector=dict(share.labels),
         runtime_env={"env_vars": PASSIVE_THREADS | threads},
-    )(work)
-    begun = [task.remote(*each) for each in arguments]
+    )(_work_heard)
+    mailbox = f"progress-{uuid.uuid4().hex}" if what and len(arguments) == 1 else ""
+    begun = [task.remote(mailbox, work, *each) for each in arguments]
     try:
-        return fetched(begun)
+        return _watched(begun, mailbox, what) if what else fetched(begun)
     except Exception:
         for each in begun:
             ray.cancel(each)
         raise
+
+
+def _work_heard(mailbox: str, work: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a task; its lines of progress go to a mailbox, once the driver has one."""
+
+    def send(line: str) -> None:
+        try:
+            EventSender(mailbox).say(line)
+        except ValueError:  # nobody has waited for long yet
+            return
+
+    if not mailbox:
+        return work(*args)
+    with progress.sending_to(send):
+        return work(*args)
+
+
+def _watched(begun: Sequence[Any], mailbox: str, what: str) -> list[Any]:
+    """Return the results of tasks in order; log every 10 s how far they are.
+
+    Raises:
+        PcdError: as `call_in_tasks`, as soon as one fails.
+    """
+    counts = ("parts", len(begun)) if len(begun) > 1 else ("", 0)
+    shown, next_s = progress.Progress(what, *counts), time.monotonic() + progress.EVERY_S
+    receiver: EventReceiver | None = None
+    results: dict[Any, Any] = {}
+    try:
+        while waiting := [each for each in begun if each not in results]:
+            left_s = max(0.0, next_s - time.monotonic())
+            for done in ray.wait(waiting, timeout=left_s)[0]:
+                results[done] = fetched([done])[0]
+                shown.add()
+            if time.monotonic() >= next_s and len(results) < len(begun):
+                next_s += progress.EVERY_S
+                lines = [event.text.strip() for event in receiver.take()] if receiver else []
+                progress.log(f"  {shown.text}" + (f" | {lines[-1]}" if lines else ""))
+                if mailbox and receiver is None:
+                    receiver = EventReceiver(mailbox)
+    finally:
+        if receiver is not None:
+            receiver.close()
+    return [results[each] for each in begun]
 
 
 def fetched(begun: Sequence[Any]) -> list[Any]:

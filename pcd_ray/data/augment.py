@@ -29,25 +29,28 @@ _OVERSAMPLING = 2.0  # a JPEG decoded at half size keeps twice the pixels a view
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewRecipe:
-    """How an image becomes views, as plain values; their meaning is `AugmentConfig`'s."""
+    """How an image becomes views, as plain values; their meaning is `AugmentConfig`'s.
+
+    An augmentation that is not named is off: evaluation names those that it uses.
+    """
 
     image_size_px: int
     min_scale: float
-    max_scale: float
-    flip_prob: float
-    jitter_prob: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    grey_prob: float
-    student_blur_prob: float
-    teacher_blur_prob: float
-    student_solarize_prob: float
-    teacher_solarize_prob: float
-    two_crops: bool
+    max_scale: float = 1.0
+    flip_prob: float = 0.0
+    jitter_prob: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grey_prob: float = 0.0
+    student_blur_prob: float = 0.0
+    teacher_blur_prob: float = 0.0
+    student_solarize_prob: float = 0.0
+    teacher_solarize_prob: float = 0.0
+    two_crops: bool = False
     """The teacher sees another crop than the student."""
-    two_colours: bool
+    two_colours: bool = False
     """The teacher's view has its own colours; needed for two crops."""
     teacher_rendered: bool = True
     """The teacher's view is made where it is another one; its box is drawn in any case."""

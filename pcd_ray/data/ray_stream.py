@@ -16,7 +16,14 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pcd_ray.config import DataConfig
-from pcd_ray.errors import ConfigError, PcdError, ShardError, TrainingError, WeightsError
+from pcd_ray.errors import (
+    ConfigError,
+    EvaluationError,
+    PcdError,
+    ShardError,
+    TrainingError,
+    WeightsError,
+)
 from pcd_ray.ray_cluster import PASSIVE_THREADS
 from pcd_ray.ray_nodes import object_store_bytes
 from pcd_ray.ray_shares import WorkerShare
@@ -39,6 +46,7 @@ _KINDS = {
         StorageError,
         GoneError,
         UnavailableError,  # a run outlives it, no other kind
+        EvaluationError,
         TrainingError,
         WeightsError,
     )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,14 @@ from pcd_ray.data.sources import open_index
 from pcd_ray.errors import ShardError, naming
 from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
 from pcd_ray.evaluate.segment.segmentation_layouts import open_layout
+from pcd_ray.progress import counted
 
 KNN_SAMPLE = 500
 """Images of each kNN set that are decoded before training."""
 PROBE_SAMPLE = 1000
 """Images and masks of a segmentation set that are decoded before training."""
+_NO_PIXELS = np.zeros(256, np.int64)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ def look_through(config: Config) -> dict[str, str]:
     """Decode the evaluation sets, evenly spread samples of large ones; return how much was read.
 
     Raises:
-        ShardError: an image or a mask is damaged, or a mask does not fit its image or classes.
+        ShardError: an image or a mask is damaged, a mask does not fit its image or classes, or a
+            split has fewer than two classes.
     """
     read: dict[str, str] = {}
     knn, probe = open_knn_images(config), open_probe(config)
@@ -113,11 +117,25 @@ def look_through(config: Config) -> dict[str, str]:
             decode_all(option, lambda entry: _decode(entry, config.data), entries)
             read[option] = f"{_share(len(rows), index.num_rows)} images"
     if probe is not None:
-        names = [name for split in probe.splits for name in probe.names(split)]
-        rows = spread(len(names), PROBE_SAMPLE)
-        decode_all("eval.segmentation", probe.example, [names[row] for row in rows])
-        read["eval.segmentation"] = f"{_share(len(rows), len(names))} images and masks"
+        read["eval.segmentation"] = f"{_look_through_masks(probe)} images and masks"
     return read
+
+
+def _look_through_masks(data: SegmentationData) -> str:
+    """Decode a sample of a segmentation set, and all of a split whose sample looks wrong."""
+    option = "eval.segmentation"
+    names = [(split, name) for split in data.splits for name in data.names(split)]
+    tried = [names[row] for row in spread(len(names), PROBE_SAMPLE)]
+    pixels = decode_all(option, lambda one: data.pixels_by_label(one[1]), tried)
+    for split in data.splits:
+        mine = [found for (of, _), found in zip(tried, pixels, strict=True) if of == split]
+        try:
+            data.check_labels(split, np.sum([_NO_PIXELS, *mine], axis=0))
+        except ShardError:  # the classes that the sample lacks may be rare
+            mine = decode_all(option, data.pixels_by_label, data.names(split))
+            with naming(option):
+                data.check_labels(split, np.sum(mine, axis=0))
+    return _share(len(tried), len(names))
 
 
 def spread(count: int, most: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
@@ -125,19 +143,15 @@ def spread(count: int, most: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
-def decode_all(option: str, decode: Callable[[Any], object], items: Sequence[Any]) -> None:
-    """Decode all items, several at once; what comes of it is not kept.
+def decode_all(option: str, decode: Callable[[Any], _T], items: Sequence[Any]) -> list[_T]:
+    """Return what ``decode`` makes of all items, several at once.
 
     Raises:
         PcdError: what ``decode`` raises first, after the option's name.
     """
-
-    def decode_one(item: Any) -> None:
-        decode(item)
-
     with naming(option), ThreadPoolExecutor(REMOTE_READS) as pool:
-        for _ in pool.map(decode_one, items):
-            pass
+        found = pool.map(decode, items)
+        return list(counted(found, f"decoding {option}", "images", len(items)))
 
 
 def _labelled(option: str, uri: str, left_out: list[str]) -> pa.Table:

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.errors import EvaluationError, ShardError
 
 FeatureMap = Callable[[Tensor], Tensor]
 """uint8 images (B, H, W, 3) -> float map (B, C, h, w) on any device; normalises inside."""
@@ -23,7 +23,7 @@ def frozen_map(feature_map: FeatureMap, images: Tensor) -> Tensor:
 
     Raises:
         ValueError: the network is in train mode, so that a batch would change its statistics.
-        TrainingError: the map holds infinities or NaN.
+        EvaluationError: the map holds infinities or NaN.
     """
     features = feature_map(brought_to(feature_map, images)).float()
     check_finite(features)
@@ -47,11 +47,11 @@ def check_finite(features: Tensor) -> None:
     """Refuse features that no distance or classifier can use.
 
     Raises:
-        TrainingError: infinities or NaN among ``features`` (N, ...).
+        EvaluationError: infinities or NaN among ``features`` (N, ...).
     """
     bad = int((~torch.isfinite(features)).flatten(1).any(dim=1).sum())
     if bad:
-        raise TrainingError(
+        raise EvaluationError(
             f"features: {bad} of {len(features)} images have infinite or NaN values; the network "
             "has diverged or its weights are damaged: take an earlier checkpoint, or train again "
             "with a lower optim.base_lr"
@@ -66,7 +66,7 @@ def pooled_features(feature_map: FeatureMap, batches: Iterable[Tensor]) -> Tenso
         batches: uint8 images, (B, H, W, 3) each; the sizes may differ between batches.
 
     Raises:
-        TrainingError: a feature is infinite or NaN.
+        EvaluationError: a feature is infinite or NaN.
         ShardError: there are no images.
     """
     pooled = [frozen_map(feature_map, images).mean(dim=(2, 3)).cpu() for images in batches]

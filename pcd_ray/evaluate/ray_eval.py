@@ -12,7 +12,7 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import find_checkpoint
 from pcd_ray.config import Config
 from pcd_ray.distill.student import Student
-from pcd_ray.errors import ConfigError, TrainingError
+from pcd_ray.errors import ConfigError, EvaluationError
 from pcd_ray.evaluate.comparison import Estimate, compare, plain
 from pcd_ray.evaluate.eval_places import out_folder, page_name, parts_folder
 from pcd_ray.evaluate.eval_report import Page, write_eval_report
@@ -22,6 +22,7 @@ from pcd_ray.evaluate.necks import stored_student
 from pcd_ray.evaluate.ray_kinds import KINDS
 from pcd_ray.evaluate.side_by_side import look_pictures
 from pcd_ray.evaluate.students import Row, open_rows, stored_config
+from pcd_ray.progress import progress
 from pcd_ray.ray_cluster import call_in_task
 from pcd_ray.ray_placement import share_of_workers, wait_for_workers
 from pcd_ray.ray_shares import WorkerShare
@@ -91,34 +92,39 @@ def evaluate(kind: str, specs: Sequence[str], config: Config) -> EvalResult:
     Raises:
         ConfigError: no network, an unknown kind, or a set that is not given.
         PcdError: a network or a set cannot be had, told before anything is judged.
-        TrainingError: some networks could not be judged; all others are on the page.
+        EvaluationError: some networks could not be judged; all others are on the page.
     """
     chosen = _kind(kind)
     if not specs:
         raise ConfigError(f"eval {kind}: nothing to judge; give a run, a file or a timm name")
     _check_given(chosen, config)
-    rows = open_rows(specs, config)
-    data = chosen.open(config)
+    with progress("reading networks"):
+        rows = open_rows(specs, config)
+    with progress("reading labelled sets"):
+        data = chosen.open(config)
     for note in chosen.notes(data, config):
         _say(f"note: {note}")
     out = out_folder(specs[0], config)
     storage.check_writable(out)
     share = share_of_workers(config, num_workers=1)
     wait_for_workers(config, share, say=_say, num_workers=1)
-    page = _page(chosen, data, config, share.device)
-    protocol = protocol_of(chosen, data, config, share.device)
+    with progress("comparing labelled sets with stored scores"):
+        page = _page(chosen, data, config, share.device)
+        protocol = protocol_of(chosen, data, config, share.device)
     parts = parts_folder(specs[0], config)
     measured, failures = judge_rows(
         chosen, rows, data, config, protocol=protocol, parts=parts, device=share.device
     )
     name = page_name(kind, chosen.method(config), page.sets, protocol)
     result = EvalResult(kind, storage.join(out, name), compare(measured), measured, failures)
-    _write(result, page, rows, config, {})  # pictures may fail in ways that nobody can catch
+    with progress("writing the page"):  # pictures may fail in ways that nobody can catch
+        _write(result, page, rows, config, {})
     looks = _looks(result, chosen.images, data, rows, config, share)
-    _write(result, page, rows, config, looks)
+    with progress("writing the page"):
+        _write(result, page, rows, config, looks)
     if failures:
         reasons = "; ".join(f"{part} ({why})" for part, why in failures.items())
-        raise TrainingError(
+        raise EvaluationError(
             f"eval {kind}: not judged or drawn: {reasons}; the rest is in {result.report}, and the "
             "same command goes on from there"
         )
@@ -178,6 +184,7 @@ def _looks(
             config.eval.pixel,
             config.eval.image_size_px or config.augment.image_size_px,
             share=replace(share, device="cpu"),
+            what="drawing pictures",
         )
     except Exception as error:  # scores are what was asked for
         result.failures["pictures"] = story_of(error)

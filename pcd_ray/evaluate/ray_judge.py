@@ -5,7 +5,6 @@ their frozen backbones.
 """
 
 import math
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from pcd_ray.distill.backbones import Backbone, map_shape
 from pcd_ray.distill.build import build_student
 from pcd_ray.distill.build_teacher import load_teachers
 from pcd_ray.distill.student import Student
-from pcd_ray.errors import ClusterError, ConfigError, PcdError, naming
+from pcd_ray.errors import ConfigError, PcdError, naming
 from pcd_ray.evaluate.classify.classify_settings import contents_of
 from pcd_ray.evaluate.classify.ray_knn import knn_scores
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
@@ -39,7 +38,8 @@ from pcd_ray.evaluate.pixels.pixel_pictures import draw_pixel_pictures
 from pcd_ray.evaluate.segment.segmentation import ProbeResult, linear_probe_miou
 from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
 from pcd_ray.evaluate.shared_scores import shared_knn, shared_probe
-from pcd_ray.ray_cluster import PASSIVE_THREADS
+from pcd_ray.progress import counted, progress
+from pcd_ray.ray_cluster import call_in_task
 from pcd_ray.ray_placement import wait_for_workers
 from pcd_ray.ray_shares import WorkerShare
 
@@ -76,25 +76,20 @@ def judge(config: Config, *, share: WorkerShare, say: Callable[[str], None]) -> 
         CheckpointError: the run has no whole checkpoint.
     """
     step = int(find_checkpoint(RunFolder.of(config).uri).about["step"])
-    task = ray.remote(
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
-        label_selector=dict(share.labels),
-        runtime_env={"env_vars": PASSIVE_THREADS},
-    )(_judge)
     try:
         wait_for_workers(config, share, say=say, num_workers=1)
-        result: Judgement = ray.get(task.remote(config, share.device))
-    except (ray.exceptions.RayError, ClusterError) as error:
+        what = "evaluating the student"
+        result: Judgement = call_in_task(_judge, config, share, share=share, what=what)
+    except (ray.exceptions.RayError, PcdError) as error:
         return Judgement(
             step, failures={"any score": _story(getattr(error, "cause", None) or error)}
         )
     return result
 
 
-def _judge(config: Config, device: str) -> Judgement:
-    torch.set_num_threads(os.cpu_count() or 1)  # nothing else computes now
-    place = torch.device(device)
+def _judge(config: Config, share: WorkerShare) -> Judgement:
+    torch.set_num_threads(share.threads)
+    place = torch.device(share.device)
     stored = find_checkpoint(RunFolder.of(config).uri)
     student = stored_student(stored).to(place)
     networks = _networks(config, student, place)
@@ -105,7 +100,7 @@ def _judge(config: Config, device: str) -> Judgement:
         _judge_segmentation(config, networks, judged)
     if not config.eval.pictures:
         return judged
-    with _noted("pictures", judged.failures):
+    with _noted("pictures", judged.failures), progress("drawing pictures"):
         _draw_views(config)
         _draw_looks(config, networks, student)
     return judged
@@ -155,7 +150,7 @@ def _knn(
         return {}
     sets = contents_of(images) if config.eval.references else []
     found = {}
-    for name, network in networks.items():
+    for name, network in counted(networks.items(), "kNN", "networks", len(networks)):
         measure = partial(knn_scores, network, images, config, device=device)
         found[name] = measure() if name == "student" else shared_knn(config, network, sets, measure)
     best = max(next(iter(found.values())))
@@ -169,7 +164,7 @@ def _probes(
     config: Config, data: SegmentationData, networks: dict[str, Backbone]
 ) -> dict[str, ProbeResult]:
     probes = {}
-    for name, network in networks.items():
+    for name, network in counted(networks.items(), "segmentation", "networks", len(networks)):
         measure = partial(
             linear_probe_miou, network, data, seed=config.run.seed, splits=_judged_splits(data)
         )

@@ -139,6 +139,7 @@ def _notes(config: Config, summary: Mapping[str, Any]) -> list[str]:
     plan = summary["plan"]
     return [
         *(f"Not judged: {part} ({why})." for part, why in summary.get("not_judged", {}).items()),
+        *([f"Not evaluated: {summary['not_evaluated']}."] if "not_evaluated" in summary else []),
         "Labels were used for judging alone, never for training.",
         f"One seed ({config.run.seed}): differences of a point or two may be chance.",
         *(

@@ -3,7 +3,7 @@
 Shapes: N test images, R resamples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,3 +65,15 @@ def interval_of_mean(values: Tensor, *, seed: int) -> tuple[float, float]:
 
 def _chunks(total: int, most: int) -> list[int]:
     return [min(most, total - start) for start in range(0, total, most)]
+
+
+def distinct_names(names: Sequence[str], numbers: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of classes, each once: where two are equal, the number stands behind all.
+
+    Args:
+        names: as the set gives them.
+        numbers: what tells the classes apart in the set's files: labels or ids.
+    """
+    if len(set(names)) == len(names):
+        return tuple(names)
+    return tuple(f"{name} ({number})" for name, number in zip(names, numbers, strict=True))

@@ -25,7 +25,7 @@ from pcd_ray.evaluate.segment.confusion import SegmentationScore
 from pcd_ray.evaluate.segment.segmentation import LinearHead, ProbeResult
 from pcd_ray.evaluate.segment.segmentation_data import SegmentationData
 
-FORMAT = 2
+FORMAT = 3
 """Raised when scores are measured otherwise than before, so that older ones no longer count."""
 
 

@@ -1,6 +1,7 @@
 """Config -> TorchTrainer -> result: what the driver does."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -19,12 +20,13 @@ from pcd_ray.checkpoint import (
 )
 from pcd_ray.config import Config, changed_options, config_to_values, to_yaml
 from pcd_ray.data.shards import Shards, open_shards
-from pcd_ray.errors import CheckpointError, TrainingError
+from pcd_ray.errors import CheckpointError, EvaluationError
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
+from pcd_ray.progress import progress
 from pcd_ray.ray_cluster import check_outlives_job
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
@@ -94,12 +96,15 @@ def train(
             _fit(config, folder, found.share, log, listener)
     finally:
         log.close()
-    log.say("judging the student")
+    log.say("evaluating the student")
     judgement = judge(config, share=found.share, say=log.say)
-    result = _finish(config, folder, found.plan, judgement, log.history)
+    with progress("writing the report"):
+        result = _finish(config, folder, found.plan, judgement, log.history)
+    if "not_evaluated" in result.metrics:
+        log.say(f"note: not evaluated: {result.metrics['not_evaluated']}")
     if judgement.failures:
         reasons = "; ".join(f"{part} ({why})" for part, why in judgement.failures.items())
-        raise TrainingError(
+        raise EvaluationError(
             f"the run is finished and stored, but its summary and report in {folder.uri} are "
             f"written without {reasons}; mend that, and the same command judges it again"
         )
@@ -278,6 +283,7 @@ def _finish(
             **judgement.scores,
             "segmentation_classes": judgement.segmentation_classes,
             **({"not_judged": judgement.failures} if judgement.failures else {}),
+            **({} if _has_evaluation_set(config) else {"not_evaluated": _how_to_evaluate(folder)}),
             "plan": plan.summary(),
         },
         history=history,
@@ -285,6 +291,20 @@ def _finish(
     storage.write_text(folder.file("summary.json"), json.dumps(result.summary(), indent=2))
     write_report(folder, config, result.summary(), history)
     return result
+
+
+def _has_evaluation_set(config: Config) -> bool:
+    return bool(config.eval.knn_train or config.eval.segmentation)
+
+
+def _how_to_evaluate(folder: RunFolder) -> str:
+    run = shlex.quote(folder.uri)
+    return (
+        "no labeled set is given (eval.knn_train and eval.knn_test, or eval.segmentation). Rerun "
+        "the same command with these options, or run e.g. "
+        f"`pcd-ray eval knn {run} eval.knn_train=FOLDER eval.knn_test=FOLDER` or "
+        f"`pcd-ray eval segment {run} eval.segmentation=FOLDER`"
+    )
 
 
 def _training_s(history: list[dict[str, Any]]) -> float:

@@ -11,7 +11,7 @@ from tiny import tiny_config
 from tiny_run import changed
 
 from pcd_ray.config import Config, config_from_file
-from pcd_ray.errors import ConfigError, ShardError, TrainingError
+from pcd_ray.errors import ConfigError, EvaluationError, ShardError
 from pcd_ray.evaluate import eval_sets
 from pcd_ray.export import export
 from pcd_ray.ray_demo import DemoResult, DemoSize, demo
@@ -101,7 +101,7 @@ def test_a_run_that_cannot_be_judged_by_one_score_keeps_the_others_and_says_so(
     message = (
         r"written without segmentation \(eval\.segmentation: \S+val_0001\.png: .*the same command"
     )
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(EvaluationError, match=message):
         train(config)
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["knn_top1"] == result.run.metrics["knn_top1"]

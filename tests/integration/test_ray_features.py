@@ -16,9 +16,8 @@ from tiny_run import CLASSES, write_images
 
 from pcd_ray.config import Config
 from pcd_ray.data.augment import eval_view, views_of_bytes
-from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.sources import open_index
-from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.errors import EvaluationError, ShardError
 from pcd_ray.evaluate.classify.classify_settings import (
     crops_and_flips,
     linear_settings,
@@ -160,7 +159,7 @@ def test_features_that_are_not_finite_are_refused(
     name = next(name for name, value in network.weights.items() if value.ndim == 4)
     huge = network.weights[name].sign() * 1e38  # finite: what comes of it is not
     weights = {**network.weights, name: huge}
-    with pytest.raises(TrainingError, match="images have infinite or NaN values"):
+    with pytest.raises(EvaluationError, match="images have infinite or NaN values"):
         stored(replace(network, weights=weights, sha256="other"), config, tmp_path)
 
 
@@ -228,7 +227,7 @@ def test_augmented_views_train_the_probe_as_planned_and_an_interruption_is_not_n
     task = ProbeTask.of(features, labels, linear_settings(linear, seed=5))
     expected = ProbeState.new(task, torch.device("cpu"))
     epochs, rows = task.order.rows(0, task.num_steps * task.batch_size)
-    recipe = recipe_from(crops_and_flips(config), "same_view")
+    recipe = crops_and_flips(config)
     entries = index.select(["key", "uri"]).to_pylist()
     views = []
     for epoch, row in zip(epochs.tolist(), rows.tolist(), strict=True):

@@ -22,7 +22,7 @@ from processes import train_workers, wait_for
 from pcd_ray.checkpoint import checkpoint_steps
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.data.plan import EpochPlan
-from pcd_ray.errors import TrainingError
+from pcd_ray.errors import EvaluationError
 from pcd_ray.evaluate.finetune.finetune_settings import FinetuneSettings
 from pcd_ray.evaluate.finetune.ray_finetune import finetune, folder_of
 from pcd_ray.evaluate.judging import Place
@@ -140,5 +140,5 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_bits(tmp_path: 
 
 
 def test_an_error_that_trying_again_cannot_mend_ends_it_in_its_own_words(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"not finite at step [0-2] with learning rate"):
+    with pytest.raises(EvaluationError, match=r"not finite at step [0-2] with learning rate"):
         run(SmallTask(poison=4), finetune_settings(), tmp_path)

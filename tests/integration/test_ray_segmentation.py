@@ -15,7 +15,7 @@ from tiny import tiny_config
 
 from pcd_ray.config import Config, config_from_values
 from pcd_ray.distill.backbones import build_backbone
-from pcd_ray.errors import ConfigError, TrainingError
+from pcd_ray.errors import ConfigError, EvaluationError
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.scores import Scores
@@ -122,5 +122,5 @@ def test_sets_and_networks_that_cannot_be_used_are_told_before_anything_is_train
         sha256="1" * 64,
         source="drawn",
     )
-    with pytest.raises(TrainingError, match=r"^features: 1 of 1 images have infinite or NaN"):
+    with pytest.raises(EvaluationError, match=r"^features: 1 of 1 images have infinite or NaN"):
         judged(broken, config_of(folder, method="fcn"), tmp_path)

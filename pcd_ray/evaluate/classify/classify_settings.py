@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from pcd_ray.config import AugmentConfig, Config, LinearConfig
+from pcd_ray.config import Config, LinearConfig
+from pcd_ray.data.augment import ViewRecipe
 from pcd_ray.errors import ConfigError
 from pcd_ray.evaluate.classify.feature_store import TRANSFORM, set_sha256
 from pcd_ray.evaluate.classify.knn import TEMPERATURE
@@ -78,7 +79,8 @@ def linear_facts(images: KnnImages, config: Config, device: str) -> dict[str, An
     del settings["seed"]
     settings["base_lrs"] = list(linear.base_lrs)
     if linear.views == "augmented":
-        settings["min_scale"] = linear.min_scale
+        recipe = asdict(crops_and_flips(config))
+        settings["augmentation"] = {name: value for name, value in recipe.items() if value}
     return {**_facts(images, config), "views": linear.views, **settings}
 
 
@@ -136,15 +138,12 @@ def linear_settings(linear: LinearConfig, *, seed: int) -> LinearSettings:
     )
 
 
-def crops_and_flips(config: Config) -> AugmentConfig:
-    """Return the augmentation that linear probes are trained with."""
-    return AugmentConfig(
+def crops_and_flips(config: Config) -> ViewRecipe:
+    """Return the augmentation that linear probes are trained with: all that is on."""
+    return ViewRecipe(
         image_size_px=crop_size_px(config),
         min_scale=config.eval.linear.min_scale,
-        jitter_prob=0.0,
-        grey_prob=0.0,
-        student_blur_prob=0.0,
-        teacher_blur_prob=0.0,
-        student_solarize_prob=0.0,
-        teacher_solarize_prob=0.0,
+        max_scale=1.0,
+        flip_prob=0.5,
+        teacher_rendered=False,
     )

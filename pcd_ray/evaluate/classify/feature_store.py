@@ -164,7 +164,7 @@ def read_features(uri: str) -> LabelledFeatures:
 
     Raises:
         ShardError: there is no manifest, or a part is missing or has changed.
-        TrainingError: a feature is infinite or NaN.
+        EvaluationError: a feature is infinite or NaN.
     """
     stored = _manifest(uri)
     if stored is None:

@@ -74,7 +74,7 @@ def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
     Raises:
         ConfigError: a k is below 1 or above N, or above N - 1 where one is left out.
         ShardError: there are no test images.
-        TrainingError: a feature is infinite or NaN.
+        EvaluationError: a feature is infinite or NaN.
     """
     _check(train_features, test_features, ks=ks, voters=len(train_features) - leave_one_out)
     device = device or test_features.device

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcd_ray.data.plan import EpochPlan
-from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.errors import EvaluationError, ShardError
 from pcd_ray.evaluate.features import check_finite
+from pcd_ray.progress import counted
 from pcd_ray.seeds import derive_seed
 
 _MOMENTUM = 0.9
@@ -102,7 +103,7 @@ class ProbeTask:
 
         Raises:
             ShardError: fewer than two classes.
-            TrainingError: a feature is infinite or NaN.
+            EvaluationError: a feature is infinite or NaN.
         """
         check_finite(features)
         known, targets = labels.cpu().unique(return_inverse=True)
@@ -189,11 +190,12 @@ def fit_cached(
 
     Raises:
         ShardError: fewer than two classes.
-        TrainingError: a feature is infinite or NaN, or training diverges at all rates.
+        EvaluationError: a feature is infinite or NaN, or training diverges at all rates.
     """
     task = ProbeTask.of(features, labels, settings)
     state = ProbeState.new(task, device)
-    for _ in probe_steps(task, state, task.cached_batches(features.to(device))):
+    steps = probe_steps(task, state, task.cached_batches(features.to(device)))
+    for _ in counted(steps, "training", "steps", task.num_steps):
         pass
     return chosen(task, state, features)
 
@@ -207,7 +209,7 @@ def chosen(task: ProbeTask, state: ProbeState, features: Tensor) -> LinearProbe:
         features: (N, C) of the training images' centre crops.
 
     Raises:
-        TrainingError: training has diverged at all rates.
+        EvaluationError: training has diverged at all rates.
     """
     rates = task.settings.base_lrs
     held_out, targets = features[task.held_out], task.targets[task.held_out]
@@ -219,7 +221,7 @@ def chosen(task: ProbeTask, state: ProbeState, features: Tensor) -> LinearProbe:
             top1 = 100 * float(apart.hits(held_out, task.labels[targets], top=1).double().mean())
             judged[rate] = top1, -losses[0]
     if not judged:
-        raise TrainingError(_diverged(task.settings))
+        raise EvaluationError(_diverged(task.settings))
     best = max(judged, key=lambda rate: judged[rate])
     return LinearProbe(
         _classifier(task, state, len(rates) + rates.index(best)),

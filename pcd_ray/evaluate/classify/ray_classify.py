@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from pcd_ray import storage
-from pcd_ray.config import AugmentConfig, Config
+from pcd_ray.config import Config
+from pcd_ray.data.augment import ViewRecipe
 from pcd_ray.data.image_index import classes_of, column
 from pcd_ray.data.plan import RankPlan
 from pcd_ray.data.ray_stream import Batch as ViewBatch
 from pcd_ray.data.ray_views import view_batches
-from pcd_ray.data.recipe import recipe_from
 from pcd_ray.errors import naming
 from pcd_ray.evaluate.classify.classify_settings import (
     crops_and_flips,
@@ -52,6 +52,7 @@ from pcd_ray.evaluate.features import FeatureMap, pooled_features
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.scores import Scores, interval_of_mean
+from pcd_ray.progress import counted
 from pcd_ray.ray_cluster import call_in_task
 from pcd_ray.ray_placement import share_of_pool
 from pcd_ray.ray_shares import WorkerShare
@@ -86,7 +87,7 @@ def judge_knn(
     ks, _ = neighbours(config.eval.knn_ks, voters_of(data))
     sets = _store_sets(network, data, config, folder=place.shared, device=device)
     work = (sets.train.uri, sets.test.uri, ks, device, data.leave_one_out)
-    hits = call_in_task(_knn_hits, *work, share=_share(config, device))
+    hits = call_in_task(_knn_hits, *work, share=_share(config, device), what="kNN: voting")
     named = {"knn_top1": hits[headline_of(ks)], **{f"knn_k{k}": hits[k] for k in ks}}
     return _scores(named, sets, seed=seed, about={})
 
@@ -122,10 +123,10 @@ def judge_linear(
     share = _share(config, device)
     work = _Work(sets.train.uri, sets.test.uri, settings, device, storage.absolute(place.work))
     if config.eval.linear.views == "cached":
-        hits, about = call_in_task(_cached_linear, work, share=share)
+        hits, about = call_in_task(_cached_linear, work, share=share, what="linear probe")
     else:
         task = (work, network, data.train, config)
-        hits, about = call_in_task(_augmented_linear, *task, share=share)
+        hits, about = call_in_task(_augmented_linear, *task, share=share, what="linear probe")
     return _scores(hits, sets, seed=seed, about=about)
 
 
@@ -196,8 +197,8 @@ def _augmented_linear(
     train = read_features(work.train_uri)
     device = torch.device(work.device)
     task = ProbeTask.of(train.features, train.labels, work.settings)
-    augment = crops_and_flips(config)
-    place = _state_uri(work, augment)
+    recipe = crops_and_flips(config)
+    place = _state_uri(work, recipe)
     state = _restored(place, task, device)
     views = view_batches(
         index,
@@ -207,7 +208,7 @@ def _augmented_linear(
             start_step=state.step,
             stop_step=task.num_steps,
         ),
-        recipe_from(augment, "same_view"),
+        recipe,
         seed=work.settings.seed,
         data=config.data,
     )
@@ -215,7 +216,8 @@ def _augmented_linear(
     per_forward = config.eval.images_per_forward
     steps_per_epoch = -(-len(task.targets) // task.batch_size)
     with closing(views):
-        for _ in probe_steps(task, state, _features_of(views, backbone, per_forward)):
+        steps = probe_steps(task, state, _features_of(views, backbone, per_forward))
+        for _ in counted(steps, "training", "steps", task.num_steps - state.step):
             if state.step % steps_per_epoch == 0 or state.step == task.num_steps:
                 _keep(place, state)
     return _judged(chosen(task, state, train.features), work)
@@ -230,9 +232,9 @@ def _features_of(
         yield pooled, torch.from_numpy(batch["row"])
 
 
-def _state_uri(work: _Work, augment: AugmentConfig) -> str:
+def _state_uri(work: _Work, recipe: ViewRecipe) -> str:
     """Return where the state of a training lies, by all that it follows from."""
-    facts = [storage.name_of(work.train_uri), asdict(work.settings), asdict(augment)]
+    facts = [storage.name_of(work.train_uri), asdict(work.settings), asdict(recipe)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return storage.join(work.folder, f"linear-{digest[:16]}.pt")
 

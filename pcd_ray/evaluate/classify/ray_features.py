@@ -6,8 +6,8 @@ Parts that lie on storage already are not computed again.
 Shapes: B images, C channels.
 """
 
-import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ from pcd_ray.evaluate.classify.feature_store import (
 from pcd_ray.evaluate.eval_sets import crop_size_px
 from pcd_ray.evaluate.features import pooled_features
 from pcd_ray.evaluate.judged_network import JudgedNetwork
-from pcd_ray.evaluate.progress import Progress
+from pcd_ray.progress import Progress, progress
 from pcd_ray.ray_placement import share_of_pool
 
 
@@ -68,7 +68,7 @@ def store_features(
     Raises:
         ConfigError: the network cannot take crops of this size.
         ShardError: an image is gone or cannot be decoded; it is named, and finished parts are kept.
-        TrainingError: a feature is infinite or NaN.
+        EvaluationError: a feature is infinite or NaN.
         StorageError: the storage fails.
     """
     started = time.monotonic()
@@ -116,15 +116,18 @@ def _computed(
         chunks_ahead=chunks_ahead(config.data, config.eval.images_per_forward),
     )
     written = {}
-    progress = Progress(f"features of {network.label}", "images", len(rows))
-    with closing(blocks):
-        batches = rebatched(blocks, target.request.images_per_part)  # all but the last are full
-        for part, batch in zip(missing, batches, strict=True):
+    with closing(blocks), progress(f"features of {network.label}", "images", len(rows)) as shown:
+        arriving = rebatched(_counted(blocks, shown), target.request.images_per_part)
+        for part, batch in zip(missing, arriving, strict=True):  # all but the last are full
             features = torch.from_numpy(batch["feature"])
             written[part] = target.write_part(part, index, features)
-            if line := progress.line(len(features)):
-                sys.stderr.write(f"{line}\n")
     return written
+
+
+def _counted(blocks: Iterator[Batch], shown: Progress) -> Iterator[Batch]:
+    for block in blocks:
+        shown.add(len(block["row"]))
+        yield block
 
 
 def _pool(network: JudgedNetwork, config: Config, *, device: str, most: int) -> ActorPool:

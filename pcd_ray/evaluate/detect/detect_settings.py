@@ -40,7 +40,8 @@ def open_detection_set(config: Config) -> DetectionData:
         data = open_detection(detect.data, masks=detect.masks)
     images = [*data.train.images, *data.val.images]
     tried = [images[row] for row in spread(len(images), DECODED)]
-    decode_all("eval.detect.data", views_of(detect, config.data).pixels_of, tried)
+    pixels_of = views_of(detect, config.data).pixels_of
+    decode_all("eval.detect.data", lambda image: pixels_of(image).size, tried)
     return data
 
 

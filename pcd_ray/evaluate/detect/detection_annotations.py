@@ -1,7 +1,6 @@
 """One annotation of a COCO json file, checked against its image."""
 
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,15 @@ from typing import Any
 from pcd_ray.evaluate.detect.detection_masks import Segmentation, area_of, parse_segmentation
 
 CLIPPED = "boxes reach beyond their image by more than a pixel and are clipped"
-DEGENERATE = "boxes without width or height are left out"
-WITHOUT_MASK = "objects without a mask are left out"
+DEGENERATE = "boxes without a width and height above 0 are left out"
+WITHOUT_MASK = "objects are left out: no polygon of their segmentation has 3 points"
+BOX_AS_MASK = (
+    "objects are left out: their segmentation is 4 numbers, a box in place of a polygon; without "
+    "masks (eval.detect.masks=false) they count"
+)
+
+LeftOut = Mapping[str, list[int]]
+"""What is worth a note -> ids of the annotations or images that it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +32,14 @@ class Annotation:
 
 
 def annotation_of(
-    item: Mapping[str, Any], width: int, height: int, masks: bool, counts: Counter[str]
+    item: Mapping[str, Any], width: int, height: int, masks: bool, counts: LeftOut
 ) -> Annotation | None:
-    """Return an annotation, its box clipped; None, counted, where nothing of it can be used.
+    """Return an annotation, its box clipped; None, noted, where nothing of it can be used.
 
     Raises:
         ValueError: the box, the area or the mask is wrong, or whether it is a crowd.
     """
-    box = _box(item.get("bbox"), width, height, counts)
+    box = _box(item, width, height, counts)
     if box is None:
         return None
     crowd = _crowd(item.get("iscrowd"))
@@ -41,7 +47,8 @@ def annotation_of(
     if mask is None and masks:
         if not item.get("segmentation"):
             raise ValueError("it has no segmentation; set eval.detect.masks=false for boxes alone")
-        counts[WITHOUT_MASK] += 1
+        sides = {len(outline) for outline in item["segmentation"]}
+        counts[BOX_AS_MASK if sides == {4} else WITHOUT_MASK].append(item["id"])
         return None
     left, top, right, bottom = box
     area = _area(item.get("area"))
@@ -52,25 +59,26 @@ def annotation_of(
 
 
 def _box(
-    given: Any, width: int, height: int, counts: Counter[str]
+    item: Mapping[str, Any], width: int, height: int, counts: LeftOut
 ) -> tuple[float, float, float, float] | None:
     """Return left, top, right, bottom of a box, clipped to its image; None: it has no inside.
 
     Raises:
         ValueError: it is no box, or lies outside its image.
     """
+    given = item.get("bbox")
     if not isinstance(given, list) or len(given) != 4 or not all(map(_is_finite, given)):
         raise ValueError(
             f"bbox={_shown(given)} is not [left, top, width, height] in pixels, four finite numbers"
         )
     left, top, right, bottom = given[0], given[1], given[0] + given[2], given[1] + given[3]
     if right <= left or bottom <= top:
-        counts[DEGENERATE] += 1
+        counts[DEGENERATE].append(item["id"])
         return None
     if right <= 0 or bottom <= 0 or left >= width or top >= height:
         raise ValueError(f"bbox={given} lies outside its image of {width} x {height} px")
     if min(left, top) < -1 or right > width + 1 or bottom > height + 1:
-        counts[CLIPPED] += 1
+        counts[CLIPPED].append(item["id"])
     return max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom)
 
 

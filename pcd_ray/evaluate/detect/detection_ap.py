@@ -30,7 +30,7 @@ class AveragePrecision:
     """``ap`` (mean over IoU 0.50 to 0.95), ``ap50``, ``ap75``, ``ap_small``, ``ap_medium`` and
     ``ap_large``, means over classes."""
     classes: dict[str, float | None]
-    """Class -> ``ap`` of it."""
+    """Class -> ``ap`` of it, by name: names differ."""
     intervals: dict[str, tuple[float, float]]
     """95% bootstrap intervals of ``ap``, ``ap50`` and ``ap75`` over the images."""
 
@@ -80,13 +80,13 @@ def average_precision(
 
     Args:
         images: all images judged, those without detections too.
-        results: detections on them; empty ones score 0.
-        classes: names, by label.
+        results: detections on them, with the ids of the json files; empty ones score 0.
+        classes: names, by label; each once.
         category_ids: ids of the json files, by label.
         of: boxes or masks.
         seed: of the bootstrap.
     """
-    judged = evaluated(images, results, classes=classes, category_ids=category_ids, of=of)
+    judged = evaluated(images, results, category_ids=category_ids, of=of)
     judged.accumulate()
     precision: NDArray[np.float64] = judged.eval["precision"]  # (T, R, K, A, M)
     thresholds = list(np.round(judged.params.iouThrs, 2))
@@ -99,41 +99,39 @@ def average_precision(
     }
     for place, name in enumerate(_RANGES[1:], start=1):
         summary[f"ap_{name}"] = _mean_pct(precision[:, :, :, place, -1])
-    order = np.argsort(category_ids)  # COCO's, by id
-    by_class = {
-        classes[label]: _mean_pct(whole[:, :, place]) for place, label in enumerate(order.tolist())
-    }
+    by_class = {name: _mean_pct(whole[:, :, label]) for label, name in enumerate(classes)}
     intervals = intervals_of(ranked_classes(judged), judged.params.iouThrs, seed=seed)
-    return AveragePrecision(summary, {name: by_class[name] for name in classes}, intervals)
+    return AveragePrecision(summary, by_class, intervals)
 
 
 def evaluated(
     images: Sequence[DetectionImage],
     results: Sequence[Result],
     *,
-    classes: Sequence[str],
     category_ids: Sequence[int],
     of: Literal["bbox", "segm"],
 ) -> Any:
-    """Return faster-coco-eval's evaluation, detections matched; arguments as above."""
-    truth = COCO(truth_of(images, classes=classes, category_ids=category_ids))
-    found = truth.loadRes([_own_kind(result, of) for result in results])
+    """Return faster-coco-eval's evaluation, detections matched; arguments as above.
+
+    Images and classes are numbered anew, from 1 in their order: the library takes ids for floating
+    point numbers, in which those from 2**53 on are not told apart.
+    """
+    truth = COCO(truth_of(images, num_classes=len(category_ids)))
+    found = truth.loadRes(renumbered(images, results, category_ids=category_ids, of=of))
     judged = COCOeval_faster(truth, found, of, print_function=_silent)
     judged.evaluate()
     return judged
 
 
-def truth_of(
-    images: Sequence[DetectionImage], *, classes: Sequence[str], category_ids: Sequence[int]
-) -> dict[str, Any]:
-    """Return images and what is marked on them as a COCO file holds them."""
+def truth_of(images: Sequence[DetectionImage], *, num_classes: int) -> dict[str, Any]:
+    """Return images and what is marked on them as a COCO file holds them, numbered from 1."""
     annotations: list[dict[str, Any]] = []
-    for image in images:
+    for number, image in enumerate(images, start=1):
         for row, (left, top, right, bottom) in enumerate(image.boxes.tolist()):
             annotation = {
                 "id": len(annotations) + 1,  # an object of id 0 would never be found
-                "image_id": image.id,
-                "category_id": int(category_ids[image.labels[row]]),
+                "image_id": number,
+                "category_id": int(image.labels[row]) + 1,
                 "bbox": [left, top, right - left, bottom - top],
                 "area": float(image.areas[row]),
                 "iscrowd": int(image.crowd[row]),
@@ -141,19 +139,38 @@ def truth_of(
             mask = segmentation_values(image.segmentations[row])
             annotations.append(annotation if mask is None else annotation | {"segmentation": mask})
     return {
-        "images": [{"id": i.id, "width": i.width, "height": i.height} for i in images],
-        "categories": [
-            {"id": int(id_), "name": name} for id_, name in zip(category_ids, classes, strict=True)
+        "images": [
+            {"id": number, "width": image.width, "height": image.height}
+            for number, image in enumerate(images, start=1)
         ],
+        "categories": [{"id": label + 1, "name": str(label)} for label in range(num_classes)],
         "annotations": annotations,
     }
 
 
-def _own_kind(result: Result, of: str) -> Result:
-    """Return a result with what is judged alone: an area of its box would mix up sizes."""
-    kept = {key: result[key] for key in ("image_id", "category_id", "score")}
+def renumbered(
+    images: Sequence[DetectionImage],
+    results: Sequence[Result],
+    *,
+    category_ids: Sequence[int],
+    of: Literal["bbox", "segm"],
+) -> list[Result]:
+    """Return results with the numbers of `truth_of`, and with what is scored alone.
+
+    A box beside a mask is left out: its area would mix up sizes.
+    """
+    number_of = {image.id: number for number, image in enumerate(images, start=1)}
+    class_of = {id_: number for number, id_ in enumerate(category_ids, start=1)}
     key = "bbox" if of == "bbox" else "segmentation"
-    return {**kept, key: result[key]}
+    return [
+        {
+            "image_id": number_of[result["image_id"]],
+            "category_id": class_of[result["category_id"]],
+            "score": result["score"],
+            key: result[key],
+        }
+        for result in results
+    ]
 
 
 def _mean_pct(precision: NDArray[np.float64]) -> float | None:

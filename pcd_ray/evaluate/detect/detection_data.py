@@ -10,7 +10,7 @@ Shapes: N annotations of an image, crowds included.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,9 @@ from PIL import Image
 from pcd_ray import storage
 from pcd_ray.data.decode import UnreadableImage, decode_rgb, unreadable
 from pcd_ray.errors import ShardError
-from pcd_ray.evaluate.detect.detection_annotations import Annotation, annotation_of
+from pcd_ray.evaluate.detect.detection_annotations import Annotation, LeftOut, annotation_of
 from pcd_ray.evaluate.detect.detection_masks import Segmentation, damaged
+from pcd_ray.evaluate.scores import distinct_names
 from pcd_ray.uris import OutsideError
 
 SPLITS = ("train", "val")
@@ -96,7 +97,7 @@ class DetectionData:
 
     uri: str
     classes: tuple[str, ...]
-    """Names, by label."""
+    """Names, by label; each once."""
     category_ids: tuple[int, ...]
     """Ids of the json files, by label; they may have gaps."""
     train: DetectionSplit
@@ -146,10 +147,10 @@ def open_detection(uri: str, *, masks: bool) -> DetectionData:
     for split, found in opened.items():
         if not found.num_objects:
             raise ShardError(
-                f"{found.file}: 0 objects to {'learn' if split == 'train' else 'find'}; annotate "
-                "some that are no crowds"
+                f"{found.file}: 0 objects to {'learn' if split == 'train' else 'find'} "
+                f"({'; '.join(found.notes)}); correct or add annotations that are not crowds"
             )
-    names = tuple(categories["train"][id_] for id_ in ids)
+    names = distinct_names([categories["train"][id_] for id_ in ids], ids)
     sha256 = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
     return DetectionData(uri, names, tuple(ids), opened["train"], opened["val"], sha256)
 
@@ -230,13 +231,15 @@ def _open_split(
         for key, known in (("image", marked), ("category", label_of)):
             _check_known(file, item, key, known)
         marked[item["image_id"]].append(item)
-    counts: Counter[str] = Counter()
+    counts: LeftOut = defaultdict(list)
     images = tuple(
         _image(file, item, uris[item["id"]], marked.pop(item["id"]), label_of, masks, counts)
         for item in record["images"]
     )
     name = storage.name_of(file)
-    notes = tuple(f"{name}: {count:,} {what}" for what, count in sorted((+counts).items()))
+    notes = tuple(
+        f"{name}: {len(ids):,} {what} (ids {_some(ids)})" for what, ids in sorted(counts.items())
+    )
     return DetectionSplit(file, images, notes)
 
 
@@ -279,7 +282,7 @@ def _image(  # noqa: PLR0913 - one record, its place and what is counted on the 
     annotations: Sequence[Mapping[str, Any]],
     label_of: Mapping[int, int],
     masks: bool,
-    counts: Counter[str],
+    counts: LeftOut,
 ) -> DetectionImage:
     width, height = item.get("width"), item.get("height")
     if not (type(width) is int and type(height) is int and width > 0 and height > 0):
@@ -295,7 +298,10 @@ def _image(  # noqa: PLR0913 - one record, its place and what is counted on the 
             raise damaged(annotation["id"], file, str(error)) from error
         if parsed is not None:
             kept.append(parsed)
-    counts.update({_CROWDS: sum(one.crowd for one in kept), _EMPTY: int(not annotations)})
+            if parsed.crowd:
+                counts[_CROWDS].append(annotation["id"])
+    if not annotations:
+        counts[_EMPTY].append(item["id"])
     return DetectionImage(
         id=item["id"],
         uri=uri,

@@ -41,7 +41,11 @@ def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
     if isinstance(given, dict):
         return _parse_run_lengths(given, height=height, width=width)
     if not isinstance(given, list) or not all(isinstance(outline, list) for outline in given):
-        raise ValueError("its segmentation is neither polygons nor a run-length code")
+        asked = ": a box in place of a polygon?" if _is_flat_box(given) else ""
+        raise ValueError(
+            "its segmentation is neither a list of polygons [[x, y, x, y, x, y, ...], ...] nor a "
+            f"run-length code{asked}"
+        )
     outlines = [_outline(outline) for outline in given]
     if any(len(outline) % 2 for outline in outlines):
         raise ValueError("a polygon of it has an odd count of numbers, not x, y, x, y, ...")
@@ -53,6 +57,14 @@ def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
             f"a polygon of it has a coordinate beyond {far} px, its image is {width} x {height} px"
         )
     return tuple(outline.reshape(-1, 2) for outline in outlines if len(outline) >= 6) or None
+
+
+def _is_flat_box(given: Any) -> bool:
+    return (
+        isinstance(given, list)
+        and len(given) == 4
+        and all(type(number) in (int, float) for number in given)
+    )
 
 
 def _outline(given: list[Any]) -> NDArray[np.float64]:

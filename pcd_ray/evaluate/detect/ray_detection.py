@@ -19,7 +19,7 @@ from pcd_ray.config import Config
 from pcd_ray.errors import ShardError, naming
 from pcd_ray.evaluate.detect.detect_settings import detection_task, finetune_settings
 from pcd_ray.evaluate.detect.detection import detect
-from pcd_ray.evaluate.detect.detection_ap import Result, average_precision, results_of
+from pcd_ray.evaluate.detect.detection_ap import Result, average_precision, evaluated, results_of
 from pcd_ray.evaluate.detect.detection_data import SPLITS, DetectionData, DetectionImage
 from pcd_ray.evaluate.detect.detection_figure import (
     detection_grid,
@@ -32,6 +32,7 @@ from pcd_ray.evaluate.finetune.ray_finetune import finetune
 from pcd_ray.evaluate.judged_network import JudgedNetwork
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.evaluate.scores import Scores
+from pcd_ray.progress import counted, progress
 from pcd_ray.ray_cluster import call_in_tasks
 from pcd_ray.ray_shares import WorkerShare
 
@@ -39,7 +40,6 @@ DETECTIONS = "detections.json"
 """What was found on the validation images, as COCO's results files hold it."""
 
 _IMAGES_PER_PART = 100
-_LOADERS = 4  # threads that decode images for one task
 _FIGURE_IMAGES = 4
 
 
@@ -72,7 +72,8 @@ def judge_detection(
     """
     options = config.eval.detect
     task = detection_task(network, data, options, limits=config.data, seed=seed)
-    _check_objects(task, data)
+    with progress("checking annotations"):
+        _check_objects(task, data)
     about: dict[str, Any] = {}
     results = stored_results(storage.join(place.part, DETECTIONS))
     if results is None:
@@ -86,7 +87,8 @@ def judge_detection(
             share=WorkerShare(device, cpus=1, threads=1, labels=config.train.node_labels),
         )
         about["seconds_looking"] = round(time.monotonic() - started, 1)
-    scores = _scores(task, data, results, seed=seed)
+    with progress("scoring detections"):
+        scores = _scores(task, data, results, seed=seed)
     scores.about.update(about)
     if history := read_history(storage.join(place.part, "metrics.jsonl")):
         scores.pictures["training.png"] = training_curve(history)
@@ -138,11 +140,12 @@ def found_results(
     call_in_tasks(
         _look,
         [
-            (*shared, mine, tuple(category_ids), share.device, uri)
+            (*shared, mine, tuple(category_ids), share, uri)
             for uri, mine in parts.items()
             if stored_results(uri) is None
         ],
         share=share,
+        what="detecting objects",
     )
     results = [result for uri in parts for result in stored_results(uri) or []]
     storage.write_text(storage.join(place, DETECTIONS), json.dumps(results))
@@ -155,17 +158,18 @@ def _look(
     weights: dict[str, Tensor],
     images: Sequence[DetectionImage],
     category_ids: tuple[int, ...],
-    device: str,
+    share: WorkerShare,
     uri: str,
 ) -> None:
     """Look for objects on some of the validation images, one by one, and store what is found."""
-    torch.set_num_threads(1)  # other tasks have the other cores
+    torch.set_num_threads(share.threads)
     detector = task.build()
     detector.load_state_dict(weights)
-    detector.to(torch.device(device)).eval()
+    detector.to(torch.device(share.device)).eval()
     results: list[Result] = []
-    with ThreadPoolExecutor(_LOADERS) as pool:
-        for image, pixels in zip(images, pool.map(task.views.judged, images), strict=True):
+    with ThreadPoolExecutor(share.threads) as pool:
+        decoded = counted(pool.map(task.views.judged, images), "images", "images", len(images))
+        for image, pixels in zip(images, decoded, strict=True):
             (found,) = detect(detector, [pixels], [(image.height, image.width)])
             results += results_of(image, found, category_ids)
     storage.write_text(uri, json.dumps(results))
@@ -189,17 +193,16 @@ def _check_objects(task: DetectionTask, data: DetectionData) -> None:
             f"{data.val.file}: the {len(images)} images that take part have 0 objects; raise "
             f"eval.detect.fraction={task.fraction:g}"
         )
+    for of in _scored(task).values():  # what the evaluator refuses is known before the training
+        evaluated(images, [], category_ids=data.category_ids, of=of)
 
 
 def _scores(
     task: DetectionTask, data: DetectionData, results: Sequence[Result], *, seed: int
 ) -> Scores:
     images = task.images("val")
-    kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"}
-    if task.views.masks:
-        kinds["mask"] = "segm"
     scores = Scores(values={}, about=_about(task))
-    for name, kind in kinds.items():
+    for name, kind in _scored(task).items():
         scored = average_precision(
             images,
             results,
@@ -216,6 +219,10 @@ def _scores(
         scores.classes[f"{name}_ap"] = scored.classes
     scores.pictures["detections.png"] = _drawn(task, images, results, data)
     return scores
+
+
+def _scored(task: DetectionTask) -> dict[str, Literal["bbox", "segm"]]:
+    return {"box": "bbox", "mask": "segm"} if task.views.masks else {"box": "bbox"}
 
 
 def _about(task: DetectionTask) -> dict[str, Any]:

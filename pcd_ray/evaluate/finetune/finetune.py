@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcd_ray.data.plan import EpochPlan, rank_span
-from pcd_ray.errors import TrainingError
+from pcd_ray.errors import EvaluationError
 from pcd_ray.evaluate.finetune.finetune_settings import FinetuneSettings
 from pcd_ray.seeds import derive_seed
 
@@ -75,12 +75,12 @@ class FinetuneState:
         """Return the state of a checkpoint.
 
         Raises:
-            TrainingError: the network holds a number that is not finite.
+            EvaluationError: the network holds a number that is not finite.
         """
         weights = unwrapped(self.model).state_dict()
         bad = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
         if bad:
-            raise TrainingError(
+            raise EvaluationError(
                 f"fine-tuning: {bad[0]} is not finite after step {self.step}; it was not stored. "
                 "Lower the learning rate, lengthen its warm-up, or clip gradients"
             )
@@ -148,7 +148,7 @@ def finetune_steps(
         threads: that decode images of the next batches meanwhile.
 
     Raises:
-        TrainingError: a loss is not finite on some rank; the step was not taken.
+        EvaluationError: a loss is not finite on some rank; the step was not taken.
         ConfigError: the batch does not split over the ranks.
     """
     examples = example_batches(task, settings, start_step=state.step, threads=threads)
@@ -235,7 +235,7 @@ def _check_finite(losses: Mapping[str, Tensor], state: FinetuneState) -> None:
     if not bool(finite.all()):
         named = ", ".join(name for name, ok in zip(losses, finite.tolist(), strict=True) if not ok)
         rate = state.optimizer.param_groups[0]["lr"]
-        raise TrainingError(
+        raise EvaluationError(
             f"fine-tuning: the loss ({named}) is not finite at step {state.step} with learning "
             f"rate {rate:.4g}; the step was not taken. Lower the learning rate, lengthen its "
             "warm-up, or clip gradients"

@@ -7,6 +7,7 @@ after the driver has died.
 import functools
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ from pcd_ray.evaluate.finetune.finetune_log import FinetuneLog
 from pcd_ray.evaluate.finetune.finetune_settings import FinetuneSettings
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.patient_files import patient_filesystem
+from pcd_ray.progress import EVERY_S
 from pcd_ray.ray_events import Event, EventSender
 from pcd_ray.ray_fit import fit, until_it_cannot
 from pcd_ray.ray_placement import share_of_workers, wait_for_workers
@@ -161,6 +163,7 @@ class _Run:
         self.threads = int(values["threads"])
         self.events = EventSender(values["mailbox"] if self.rank == 0 else None)
         self._damaged: tuple[str, ...] = ()
+        self._logged_s = time.monotonic()
 
     def train(self) -> None:
         """Restore, train and checkpoint until the last step."""
@@ -179,6 +182,10 @@ class _Run:
         if done.losses is not None:
             values = {**done.losses, "lr": done.learning_rate}
             self.events.metrics(done.step, 0.0, values)
+            self._logged_s = time.monotonic()
+        elif time.monotonic() - self._logged_s >= EVERY_S:
+            self.events.say(f"  step {done.step} of {self.settings.steps}")
+            self._logged_s = time.monotonic()
         every = self.settings.checkpoint_every_steps
         if done.step == self.settings.steps or (every and done.step % every == 0):
             self._checkpoint()

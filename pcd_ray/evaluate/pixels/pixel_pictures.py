@@ -51,7 +51,7 @@ def draw_pixel_pictures(
 
     Raises:
         ValueError: a network is in train mode, or a student has no neck.
-        TrainingError: features are infinite or NaN.
+        EvaluationError: features are infinite or NaN.
     """
     pictures = pixel_pictures(networks, images, pixel=pixel, necks=necks)
     return {name: draw() for name, draw in pictures.items()}

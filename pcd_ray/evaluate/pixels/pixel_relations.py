@@ -60,7 +60,7 @@ def similarity_map(
 
     Raises:
         ValueError: the pixel is not in the image, or the network is in train mode.
-        TrainingError: features are infinite or NaN.
+        EvaluationError: features are infinite or NaN.
     """
     features = frozen_map(network, image[None])[0]  # (C, h, w)
     row, column = position_of(pixel, _size(image), (features.shape[1], features.shape[2]))
@@ -87,7 +87,7 @@ def attention_maps(student: Student, image: Tensor, pixel: Place) -> Tensor:
 
     Raises:
         ValueError: the student has no neck or is in train mode, or the pixel is not in the image.
-        TrainingError: features are infinite or NaN.
+        EvaluationError: features are infinite or NaN.
     """
     layers = [layer for layer in student.neck if isinstance(layer, MhsaLayer)]
     if not layers:

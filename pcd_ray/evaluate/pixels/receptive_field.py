@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcd_ray.errors import TrainingError
+from pcd_ray.errors import EvaluationError
 from pcd_ray.evaluate.features import FeatureMap, brought_to
 
 
@@ -33,7 +33,7 @@ def effective_receptive_field(feature_map: FeatureMap, images: Tensor, *, seed: 
 
     Raises:
         ValueError: the network is in train mode.
-        TrainingError: gradients are infinite or NaN.
+        EvaluationError: gradients are infinite or NaN.
     """
     random = torch.Generator().manual_seed(seed)
     moved = torch.zeros(images.shape[1:3], dtype=torch.float64)
@@ -47,7 +47,7 @@ def effective_receptive_field(feature_map: FeatureMap, images: Tensor, *, seed: 
         moved += gradient[0].abs().sum(dim=2).double().cpu()
     total = float(moved.sum())
     if not math.isfinite(total):
-        raise TrainingError(
+        raise EvaluationError(
             f"receptive field: the gradients of the map's centre add up to {total}; the network "
             "has diverged or its weights are damaged: take an earlier checkpoint"
         )

@@ -31,6 +31,7 @@ from pcd_ray.evaluate.segment.segmentation import linear_probe_miou
 from pcd_ray.evaluate.segment.segmentation_data import VOID, SegmentationData
 from pcd_ray.evaluate.segment.segmentation_scores import segmentation_scores
 from pcd_ray.evaluate.segment.sliding_window import predicted_mask
+from pcd_ray.progress import counted, progress
 from pcd_ray.ray_cluster import call_in_task, call_in_tasks
 from pcd_ray.ray_placement import share_of_workers
 from pcd_ray.ray_shares import WorkerShare
@@ -65,8 +66,9 @@ def judge_segmentation(
     """
     job = _Job(network, data, config, place, seed, device)
     found, about = job.probed() if config.eval.segment.method == "probe" else job.finetuned()
-    scores = segmentation_scores(found.confusions, data.data.classes, seed=seed)
-    scores.pictures["segmentation.png"] = _picture(data.data, found.masks)
+    with progress("scoring masks"):
+        scores = segmentation_scores(found.confusions, data.data.classes, seed=seed)
+        scores.pictures["segmentation.png"] = _picture(data.data, found.masks)
     scores.pictures.update(found.pictures)
     scores.about.update(about)
     return scores
@@ -99,7 +101,7 @@ class _Job:
         share = self._share(1)
         steps = self.config.eval.segment.probe_steps
         work = (self.network, self.opened, steps, share, self.seed)
-        found, stride = call_in_task(_probe, *work, share=share)
+        found, stride = call_in_task(_probe, *work, share=share, what="segmentation")
         return found, {"output_stride": stride}
 
     def finetuned(self) -> tuple[_Found, dict[str, Any]]:
@@ -110,7 +112,8 @@ class _Job:
         task = fcn_task(self.network, data, segment, seed=self.seed)
         settings = finetune_settings(segment, task.num_images, seed=self.seed)
         windows = windows_of(segment)
-        about = call_in_task(_tried, task, _judged_sizes(self.opened, windows), share, share=share)
+        sizes = _judged_sizes(self.opened, windows)
+        about = call_in_task(_tried, task, sizes, share, share=share, what="building the FCN")
         trained = finetune(
             task,
             settings,
@@ -124,6 +127,7 @@ class _Job:
             _predict,
             [(task, stored, windows, share, part, workers) for part in range(workers)],
             share=share,
+            what="predicting masks",
         )
         whole = _merged(found, data)
         if trained.history:
@@ -220,7 +224,8 @@ def _predict(
     drawn = set(_drawn(data))
     found = _Found({split: [] for split in _judged(data)}, {})
     for split in _judged(data):
-        for name in data.names(split)[part::parts]:
+        mine = data.names(split)[part::parts]
+        for name in counted(mine, split, "images", len(mine)):
             image, truth = data.example(name)
             pixels = torch.from_numpy(image.copy()).to(share.device)
             size = (truth.shape[0], truth.shape[1])

@@ -16,6 +16,7 @@ from pcd_ray.errors import ConfigError, ShardError, naming
 from pcd_ray.evaluate.contents import hash_of
 from pcd_ray.evaluate.eval_sets import open_probe
 from pcd_ray.evaluate.segment.segmentation_data import VOID, SegmentationData
+from pcd_ray.progress import counted
 
 _READS = 8  # at once
 _SHOWN = 5  # damaged files that are named
@@ -40,7 +41,7 @@ def open_segment_set(config: Config) -> SegmentSet:
     Raises:
         ConfigError: the option is empty.
         ShardError: files are missing, damaged or do not fit each other: all are counted at once;
-            or nothing of a split is labelled.
+            or a split has fewer than two classes.
     """
     data = open_probe(config)
     if data is None:
@@ -55,7 +56,7 @@ def looked_through(data: SegmentationData) -> SegmentSet:
     """Decode all images and masks of a set.
 
     Raises:
-        ShardError: some of them cannot be used, or a split has no labels.
+        ShardError: some of them cannot be used, or a split has fewer than two classes.
     """
     names = list(dict.fromkeys(name for split in data.splits for name in data.names(split)))
     seen = dict(zip(names, _all_seen(lambda name: _seen(data, name), names), strict=True))
@@ -64,14 +65,11 @@ def looked_through(data: SegmentationData) -> SegmentSet:
         {split: list(ids) for split, ids in data.splits.items()},
         [[name, found.image_sha256, found.labels_sha256] for name, found in seen.items()],
     ]
-    notes = []
+    notes: list[str] = []
     for split in data.splits:
-        pixels = np.stack([seen[name].pixels for name in data.names(split)]).sum(axis=0)
-        if not pixels.any():
-            raise ShardError(
-                f"{data.uri}: {split} has 0 labelled pixels; label some that are not void ({VOID})"
-            )
-        notes += _empty_classes(split, data.classes, pixels)
+        notes += data.check_labels(
+            split, np.sum([seen[name].pixels for name in data.names(split)], axis=0)
+        )
     sizes = tuple(sorted({found.size for found in seen.values()}))
     return SegmentSet(data, tuple(notes), sizes, hash_of(facts))
 
@@ -83,7 +81,7 @@ class _Seen:
     size: tuple[int, int]
     """(H, W) of the image, resized."""
     pixels: NDArray[np.int64]
-    """(L,) pixels of each class."""
+    """(256,) pixels of each label."""
     image_sha256: str
     labels_sha256: str
 
@@ -93,7 +91,7 @@ def _seen(data: SegmentationData, name: str) -> _Seen:
     width, height = data.resized_size(image)
     return _Seen(
         size=(height, width),
-        pixels=np.bincount(labels.ravel(), minlength=VOID + 1)[: len(data.classes)],
+        pixels=np.bincount(labels.ravel(), minlength=VOID + 1),
         image_sha256=hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(),
         labels_sha256=hashlib.sha256(f"{labels.shape}".encode() + labels.tobytes()).hexdigest(),
     )
@@ -115,7 +113,8 @@ def _all_seen(see: Callable[[str], _Seen], names: Sequence[str]) -> list[_Seen]:
             return error
 
     with ThreadPoolExecutor(_READS) as pool:
-        for result in pool.map(try_one, names):
+        seen = pool.map(try_one, names)
+        for result in counted(seen, "decoding eval.segmentation", "images", len(names)):
             if isinstance(result, ShardError):
                 wrong.append(str(result))
             else:
@@ -130,12 +129,3 @@ def _all_seen(see: Callable[[str], _Seen], names: Sequence[str]) -> list[_Seen]:
             + more
         )
     return found
-
-
-def _empty_classes(split: str, classes: Sequence[str], pixels: NDArray[np.int64]) -> list[str]:
-    absent = [name for name, count in zip(classes, pixels, strict=True) if not count]
-    if not absent:
-        return []
-    if split == "train":
-        return [f"no training pixel has class {', '.join(absent)}: it cannot be learned"]
-    return [f"no pixel of {split} has class {', '.join(absent)}"]

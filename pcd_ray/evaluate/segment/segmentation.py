@@ -21,6 +21,7 @@ from pcd_ray.errors import ShardError
 from pcd_ray.evaluate.features import FeatureMap, frozen_map
 from pcd_ray.evaluate.segment.confusion import SegmentationScore, confusion_matrix, score_of, sum_of
 from pcd_ray.evaluate.segment.segmentation_data import VOID, SegmentationData
+from pcd_ray.progress import counted, progress
 from pcd_ray.seeds import derive_seed
 
 _IMAGES_PER_STEP = 16
@@ -103,7 +104,7 @@ def linear_probe_miou(
 
     Raises:
         ShardError: the set lacks a split, a file is damaged, or a split has no labelled pixel.
-        TrainingError: a feature is infinite or NaN.
+        EvaluationError: a feature is infinite or NaN.
     """
     for split in splits:
         data.names(split)  # refuse unknown splits before any work
@@ -159,7 +160,7 @@ def _examples(
     """Return the training images' raw features and labels, and the network's device."""
     examples: list[_Example] = []
     device = torch.device("cpu")
-    for images, masks in data.batches("train", batch_size=batch_size):
+    for images, masks in _counted_batches(data, "train", "features", batch_size):
         features = frozen_map(feature_map, images)  # (B, C, h, w)
         device = features.device
         labels = _labels_for(masks, height=features.shape[2], width=features.shape[3])
@@ -167,6 +168,15 @@ def _examples(
     if all(bool((example.labels == VOID).all()) for example in examples):
         raise ShardError(f"{data.uri}: train has 0 labelled pixels; label some that are not void")
     return examples, device
+
+
+def _counted_batches(
+    data: SegmentationData, split: str, what: str, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    with progress(f"{what} of {split}", "images", len(data.names(split))) as shown:
+        for images, masks in data.batches(split, batch_size=batch_size):
+            yield images, masks
+            shown.add(len(images))
 
 
 def _statistics(examples: Sequence[_Example]) -> tuple[Tensor, Tensor]:
@@ -194,7 +204,8 @@ def _fit(
     bias = torch.zeros(num_classes, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], lr=_LEARNING_RATE)
     batches = _batches(examples, seed=derive_seed(seed, "linear_probe"))
-    for step, batch in enumerate(islice(batches, num_steps)):
+    batches = counted(islice(batches, num_steps), "linear probe", "steps", num_steps)
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / num_steps))
         optimizer.zero_grad()
@@ -242,7 +253,7 @@ def _confusions(
 ) -> list[Tensor]:
     """Return the confusion matrix of each image of a split."""
     found: list[Tensor] = []
-    for images, masks in data.batches(split, batch_size=batch_size):
+    for images, masks in _counted_batches(data, split, "predictions", batch_size):
         height, width = masks.shape[1:]
         features = frozen_map(feature_map, images)
         predicted = head.predict(features, height_px=height, width_px=width).cpu()

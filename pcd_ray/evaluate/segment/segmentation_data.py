@@ -3,12 +3,13 @@
     classes.txt                    one name per line; line number = label
     train.txt val.txt [test.txt]   ids, one per line
     images/ID.jpg|.jpeg|.png       RGB; upright, as viewers show it
-    masks/ID.png                   8 bits, one channel: a label, or 255 = void (not judged)
+    masks/ID.png                   1 to 8 bits, one channel: a label, or 255 = void (not scored)
 
 Shapes: B images, L classes, H x W pixels of the network's input, Y x X pixels of the mask.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from pcd_ray import storage
 from pcd_ray.data.decode import MAX_DECODE_S, finish_rgb, open_image
-from pcd_ray.errors import ShardError
+from pcd_ray.errors import ShardError, naming
+from pcd_ray.evaluate.scores import distinct_names
+from pcd_ray.evaluate.segment.segmentation_masks import stored_labels
 
 VOID = 255
 """Label of pixels that are not judged."""
@@ -71,7 +74,9 @@ class SegmentationData:
         Raises:
             ShardError: as for `example`.
         """
-        image = self._opened(self.images[name], rgb=True)
+        data = storage.read_bytes(self.images[name])
+        with _readable(self.images[name]):
+            image = finish_rgb(self._opened(data))
         width, height = self.resized_size(image)
         if width * height > _max_pixels():
             raise ShardError(
@@ -80,21 +85,68 @@ class SegmentationData:
             )
         return image, self._labels(name, image.size)
 
+    def pixels_by_label(self, name: str) -> NDArray[np.int64]:
+        """Return how many pixels of an id's mask have each label 0 to 255, (256,).
+
+        Raises:
+            ShardError: as for `example`.
+        """
+        return np.bincount(self.decoded(name)[1].ravel(), minlength=VOID + 1)
+
     def _labels(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return the labels of an id's mask, whose image has this width and height."""
-        mask = self._opened(self.masks[name], rgb=False)
-        self._check_mask(name, mask, size)
-        labels = np.asarray(mask)
+        uri = self.masks[name]
+        data = storage.read_bytes(uri)
+        known = range(VOID + 1) if self.relabel else (*range(len(self.classes)), VOID)
+        with _readable(uri):
+            labels = stored_labels(self._opened(data), data, known=known)
+        if labels.shape != size[::-1]:
+            raise ShardError(
+                f"{uri}: the mask is {labels.shape[1]} x {labels.shape[0]} px, its image "
+                f"{size[0]} x {size[1]} (upright, as its EXIF orientation says); make them equal"
+            )
         if self.relabel:
             labels = np.array(self.relabel, np.uint8)[labels]
         beyond = [int(label) for label in np.unique(labels) if len(self.classes) <= label < VOID]
         if beyond:
             raise ShardError(
-                f"{self.masks[name]}: labels {beyond} are beyond the {len(self.classes)} classes "
-                f"of the set (classes.txt, where it has one); mend the mask, list the classes, or "
+                f"{uri}: labels {beyond} are beyond the {len(self.classes)} classes "
+                f"of the set (classes.txt, where it has one); fix the mask, list the classes, or "
                 f"mark void pixels {VOID}"
             )
         return labels
+
+    def check_labels(self, split: str, pixels: NDArray[np.int64]) -> list[str]:
+        """Return what is worth knowing of the labels of a split, such as classes without a pixel.
+
+        Args:
+            split: its name.
+            pixels: of its masks, by label 0 to 255, (256,).
+
+        Raises:
+            ShardError: fewer than two classes have pixels, so that any network would score 100.
+        """
+        labelled = pixels[: len(self.classes)]
+        if not labelled.any():
+            raise ShardError(
+                f"{self.uri}: {split} has 0 labelled pixels; label some that are not void ({VOID})"
+            )
+        absent = np.flatnonzero(labelled == 0)
+        void = 100 * int(pixels[VOID]) / int(pixels.sum())
+        also = f", and {void:.2g}% are {VOID} = void" if void and not self.relabel else ""
+        if np.count_nonzero(labelled) == 1:
+            missing = f"no pixel of {split} has label {_some([str(label) for label in absent])}"
+            asked = f": are objects marked with {VOID}? A" if also else "; a"
+            raise ShardError(
+                f"{self.uri}: {missing if len(absent) else 'it lists one class'}{also}{asked} "
+                "split with one class cannot be scored; masks hold 0 for the first class that is "
+                "listed, 1 for the second and so on"
+            )
+        if not len(absent):
+            return []
+        names = ", ".join(self.classes[label] for label in absent)
+        learned = ": it cannot be learned" if split == "train" else ""
+        return [f"no pixel of {split} has class {names}{also}{learned}"]
 
     def batches(self, split: str, *, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield uint8 images (B, H, W, 3) and masks (B, Y, X) of a split, in its order.
@@ -129,26 +181,20 @@ class SegmentationData:
             )
         return self.splits[split]
 
-    def _opened(self, uri: str, *, rgb: bool) -> Image.Image:
-        data = storage.read_bytes(uri)
-        try:
-            image = open_image(data, max_pixels=_max_pixels(), max_decode_s=self.max_decode_s)
-            image = finish_rgb(image) if rgb else ImageOps.exif_transpose(image)
-        except Exception as error:  # Pillow's parsers raise any kind of error on damaged bytes
-            raise ShardError(f"{uri}: cannot be decoded ({error}); replace the file") from error
-        return image
+    def _opened(self, data: bytes) -> Image.Image:
+        return open_image(data, max_pixels=_max_pixels(), max_decode_s=self.max_decode_s)
 
-    def _check_mask(self, name: str, mask: Image.Image, size: tuple[int, int]) -> None:
-        if mask.mode not in ("L", "P"):
-            raise ShardError(
-                f"{self.masks[name]}: its mode is {mask.mode}; save it as an 8-bit PNG with one "
-                "channel, whose values are labels"
-            )
-        if mask.size != size:
-            raise ShardError(
-                f"{self.masks[name]}: the mask is {mask.width} x {mask.height} px, its image "
-                f"{size[0]} x {size[1]} (upright, as its EXIF orientation says); make them equal"
-            )
+
+@contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    """Explain what is wrong with a file."""
+    with naming(uri):
+        try:
+            yield
+        except ShardError:
+            raise
+        except Exception as error:  # Pillow's parsers raise any kind of error on damaged bytes
+            raise ShardError(f"cannot be decoded ({error}); replace the file") from error
 
 
 def open_segmentation(uri: str, *, size_px: int = 0) -> SegmentationData:
@@ -176,7 +222,8 @@ def open_segmentation(uri: str, *, size_px: int = 0) -> SegmentationData:
     images = files_by_id(uri, "images", suffixes=_IMAGE_SUFFIXES)
     masks = files_by_id(uri, "masks", suffixes=(".png",))
     check_present(uri, splits, {"image in images/": images, "mask in masks/": masks})
-    return SegmentationData(uri, classes, splits, images, masks, size_px)
+    numbered = distinct_names(classes, range(len(classes)))
+    return SegmentationData(uri, numbered, splits, images, masks, size_px)
 
 
 def check_present(
@@ -196,10 +243,9 @@ def check_present(
         for kind, found in kinds.items():
             absent = [name for name in names if name not in found]
             if absent:
-                shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
                 raise ShardError(
                     f"{uri}: {len(absent)} of {len(names)} ids in {split}.txt have no {kind} "
-                    f"({shown}); add the files or remove the ids"
+                    f"({_some(absent)}); add the files or remove the ids"
                 )
 
 
@@ -226,19 +272,32 @@ def lines_of(
 
 
 def files_by_id(uri: str, folder: str, *, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Return id -> URI of the files in a folder; an id is a path without its suffix."""
+    """Return id -> URI of the files in a folder; an id is a path without its suffix.
+
+    Raises:
+        ShardError: two files have one id.
+    """
     start = len(storage.split_query(storage.absolute(storage.join(uri, folder)))[0]) + 1
-    found = {}
+    found: dict[str, str] = {}
     for file in storage.list_files(storage.join(uri, folder)):
         name, dot, suffix = storage.split_query(file.uri)[0][start:].rpartition(".")
-        if (dot + suffix).lower() in suffixes:
-            found[name] = file.uri
+        if (dot + suffix).lower() not in suffixes:
+            continue
+        if name in found:
+            raise ShardError(
+                f"{found[name]} and {file.uri} are two files of the id {name!r}; remove one of them"
+            )
+        found[name] = file.uri
     return found
 
 
 def _max_pixels() -> int:
     """Return the most pixels of an image that Pillow reads."""
     return 2 * (Image.MAX_IMAGE_PIXELS or 0)
+
+
+def _some(items: Sequence[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
 def _stacked(arrays: list[NDArray[np.uint8]]) -> Tensor:

@@ -34,7 +34,7 @@ def predicted_mask(
         stride_px: pixels from one window to the next, in [1, S]; 0: two thirds of S.
 
     Raises:
-        TrainingError: logits are not finite.
+        EvaluationError: logits are not finite.
     """
     height, width = image.shape[:2]
     if not window_px or window_px >= max(height, width):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.errors import EvaluationError, ShardError
 from pcd_ray.evaluate.features import frozen_map, pooled_features
 
 
@@ -34,7 +34,9 @@ def test_images_with_infinite_features_are_counted_and_refused() -> None:
         features[3, 2] = float("nan")
         return features
 
-    with pytest.raises(TrainingError, match=r"2 of 4 images have infinite or NaN values.*base_lr"):
+    with pytest.raises(
+        EvaluationError, match=r"2 of 4 images have infinite or NaN values.*base_lr"
+    ):
         pooled_features(diverged, [torch.zeros(4, 4, 4, 3, dtype=torch.uint8)])
 
 

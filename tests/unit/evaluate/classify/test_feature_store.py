@@ -12,7 +12,7 @@ from stored_shards import write_images
 from torch import Tensor
 
 from pcd_ray.data.sources import open_index
-from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.errors import EvaluationError, ShardError
 from pcd_ray.evaluate.classify.feature_store import (
     MANIFEST,
     FeatureFolder,
@@ -76,7 +76,7 @@ def test_parts_of_other_images_or_labels_or_with_bad_numbers_are_not_kept(
     assert list(folder.kept_parts(index.take([1, 0, 2]))) == [1]
     written(folder, index, torch.where(FEATURES[2, 1] == FEATURES, torch.nan, FEATURES))
     assert list(folder.kept_parts(index)) == [0]
-    with pytest.raises(TrainingError, match="1 of 3 images have infinite or NaN"):
+    with pytest.raises(EvaluationError, match="1 of 3 images have infinite or NaN"):
         read_features(folder.uri)
 
 

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from pcd_ray.errors import ConfigError, ShardError, TrainingError
+from pcd_ray.errors import ConfigError, EvaluationError, ShardError
 from pcd_ray.evaluate.classify import knn
 from pcd_ray.evaluate.classify.knn import knn_hits, knn_top1_pct
 
@@ -165,7 +165,7 @@ def test_features_that_are_not_finite_are_refused_on_either_side() -> None:
     bad = good.clone()
     bad[2, 1] = float("nan")
     for train, test in ((bad, good), (good, bad)):
-        with pytest.raises(TrainingError, match="1 of 4 images have infinite or NaN"):
+        with pytest.raises(EvaluationError, match="1 of 4 images have infinite or NaN"):
             knn_top1_pct(train, labels, test, labels, ks=[1])
 
 

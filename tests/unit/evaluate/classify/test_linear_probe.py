@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.errors import EvaluationError, ShardError
 from pcd_ray.evaluate.classify.linear_probe import (
     LinearSettings,
     ProbeState,
@@ -145,7 +145,7 @@ def test_a_probe_that_diverges_at_all_rates_is_refused(standardise: bool) -> Non
     settings = replace(SETTINGS, base_lrs=(2e38, 3e38), standardise=standardise)
     fix = "" if standardise else r", or set eval\.linear\.standardise=true"
     message = rf"eval\.linear\.base_lrs=\[2e\+38, 3e\+38\]: .* diverges .* give smaller ones{fix}$"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(EvaluationError, match=message):
         fit_cached(train, labels, settings, device=CPU)
 
 
@@ -214,7 +214,7 @@ def test_one_class_and_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ShardError, match=r"eval\.knn_train has 1 class; give images of two"):
         fit_cached(train, torch.zeros(20).long(), SETTINGS, device=CPU)
     train[3, 2] = float("inf")
-    with pytest.raises(TrainingError, match="1 of 20 images have infinite or NaN"):
+    with pytest.raises(EvaluationError, match="1 of 20 images have infinite or NaN"):
         fit_cached(train, labels, SETTINGS, device=CPU)
 
 

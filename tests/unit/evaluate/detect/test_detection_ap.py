@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pcd_ray.evaluate.detect.detection import Detections
-from pcd_ray.evaluate.detect.detection_ap import Result, average_precision, results_of, truth_of
+from pcd_ray.evaluate.detect.detection_ap import (
+    Result,
+    average_precision,
+    renumbered,
+    results_of,
+    truth_of,
+)
 from pcd_ray.evaluate.detect.detection_data import DetectionImage
 from pcd_ray.evaluate.detect.detection_masks import run_lengths_of
 
@@ -79,21 +86,20 @@ def noisy_results(images: list[DetectionImage]) -> list[Result]:
 
 
 def pycocotools_ap(
-    images: list[DetectionImage], results: list[Result], of: str
+    images: list[DetectionImage], results: list[Result], of: Literal["bbox", "segm"]
 ) -> tuple[list[float], dict[int, float]]:
     """Its first six statistics, and AP of each category."""
-    key = "bbox" if of == "bbox" else "segmentation"
-    given = [{k: r[k] for k in ("image_id", "category_id", "score", key)} for r in results]
+    given = renumbered(images, results, category_ids=IDS, of=of)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = truth_of(images, classes=CLASSES, category_ids=IDS)
+        truth.dataset = truth_of(images, num_classes=len(IDS))
         truth.createIndex()
         judged = COCOeval(truth, truth.loadRes(given), of)
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
     precision = judged.eval["precision"][:, :, :, 0, -1]
-    by_id = {id_: float(precision[:, :, k].mean()) for k, id_ in enumerate(judged.params.catIds)}
+    by_id = {id_: float(precision[:, :, k].mean()) for k, id_ in enumerate(IDS)}
     return list(judged.stats[:6]), by_id
 
 
@@ -139,6 +145,33 @@ def test_perfect_detections_give_100_and_none_give_0(of: Literal["bbox", "segm"]
     assert {round(value, 9) for value in best.summary.values() if value is not None} == {100.0}
     none = average_precision(images, [], classes=CLASSES, category_ids=IDS, of=of)
     assert none.summary["ap"] == 0
+
+
+@pytest.mark.parametrize("start", [2**53, 2**64, -(2**53) - 4])
+@pytest.mark.parametrize("of", ["bbox", "segm"])
+def test_ids_of_any_size_give_the_scores_of_small_ones(
+    of: Literal["bbox", "segm"], start: int
+) -> None:
+    """Neighboring whole numbers from 2**53 on are one number in floating point."""
+    images = drawn_set()
+    results = noisy_results(images)
+    small = average_precision(images, results, classes=CLASSES, category_ids=IDS, of=of)
+    ids = [start + label for label in range(len(IDS))]
+    large = average_precision(
+        [replace(image, id=start + image.id) for image in images],
+        [
+            result
+            | {
+                "image_id": start + result["image_id"],
+                "category_id": ids[IDS.index(result["category_id"])],
+            }
+            for result in results
+        ],
+        classes=CLASSES,
+        category_ids=ids,
+        of=of,
+    )
+    assert large == small
 
 
 def test_what_is_found_in_a_crowd_does_not_count() -> None:

@@ -12,7 +12,7 @@ from detection_folder import SIZE, annotation, record, square, write_set
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from pcd_ray.errors import PcdError
+from pcd_ray.errors import PcdError, ShardError
 from pcd_ray.evaluate.detect.detection_data import open_detection
 from pcd_ray.evaluate.detect.detection_masks import (
     area_of,
@@ -43,6 +43,7 @@ def test_crowds_empty_images_and_boxes_partly_outside_are_kept_and_counted(tmp_p
         annotation(1, 100, [-10, 5, 30, 20]),
         annotation(2, 100, [90, 60, 6.4, 4.3]),  # beyond the edge by less than a pixel
         annotation(3, 100, [5, 5, 0, 9]),
+        annotation(7, 100, [5, 5, 9, -2]),
         annotation(
             4, 101, [0, 0, WIDTH, HEIGHT], iscrowd=1,
             segmentation={"size": [HEIGHT, WIDTH], "counts": [100, HEIGHT * WIDTH - 100]},
@@ -56,11 +57,11 @@ def test_crowds_empty_images_and_boxes_partly_outside_are_kept_and_counted(tmp_p
     assert data.train.num_objects == 2
     assert data.notes == (
         "instances_train.json: 1 boxes reach beyond their image by more than a pixel and are "
-        "clipped",
-        "instances_train.json: 1 boxes without width or height are left out",
+        "clipped (ids 1)",
+        "instances_train.json: 2 boxes without a width and height above 0 are left out (ids 3, 7)",
         "instances_train.json: 1 crowd regions are no training targets; AP ignores what is found "
-        "in them",
-        "instances_train.json: 1 images have no annotation; they are kept",
+        "in them (ids 4)",
+        "instances_train.json: 1 images have no annotation; they are kept (ids 102)",
         "instances_train.json: 1 of 2 classes have no object (blue)",
     )
 
@@ -72,6 +73,42 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
         file = tmp_path / f"instances_{split}.json"
         file.write_text(file.read_text(), "utf-8-sig")
     assert open_detection(folder, masks=True).sha256 == before.sha256
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "why"),
+    [
+        ([[5, 5, 20, 30]], "their segmentation is 4 numbers, a box in place of a polygon"),
+        ([[5, 5, 20, 30], [1, 2, 3, 4]], "their segmentation is 4 numbers, a box in place of a"),
+        ([[5, 5]], "no polygon of their segmentation has 3 points"),
+        ([[]], "no polygon of their segmentation has 3 points"),
+    ],
+)
+def test_objects_without_an_outline_are_counted_and_named_with_the_reason(
+    segmentation: list[list[float]], why: str, tmp_path: Path
+) -> None:
+    train = record(3)
+    for item in train["annotations"][1:]:
+        item["segmentation"] = segmentation
+    data = open_detection(write_set(tmp_path, train), masks=True)
+    assert data.train.num_objects == 1
+    note = data.notes[0]
+    assert note.startswith(f"instances_train.json: 5 objects are left out: {why}")
+    assert note.endswith("(ids 1, 2, 3, ...)")
+    train["annotations"][0]["segmentation"] = segmentation
+    uri = write_set(tmp_path, train)
+    with pytest.raises(ShardError, match=rf"0 objects to learn \(instances.*json: 6 .*{why}.*add"):
+        open_detection(uri, masks=True)
+    assert open_detection(uri, masks=False).train.num_objects == 6
+
+
+def test_two_categories_of_one_name_are_two_classes(tmp_path: Path) -> None:
+    train, val = record(4), record(3, start=4)
+    for given in (train, val):
+        for category in given["categories"]:
+            category["name"] = "cat"
+    data = open_detection(write_set(tmp_path, train, val), masks=True)
+    assert data.classes == ("cat (3)", "cat (7)")
 
 
 def test_coco_as_it_is_downloaded_is_recognised(tmp_path: Path) -> None:
@@ -142,7 +179,18 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda r: (r["images"].clear(), r["annotations"].clear()),
         r"'images' is empty; list the images",
     ),
-    "no objects": (lambda r: r["annotations"].clear(), r"0 objects to learn; annotate some"),
+    "no objects": (
+        lambda r: r["annotations"].clear(),
+        r"0 objects to learn \(.*: 2 images have no annotation.*\); correct or add annotations",
+    ),
+    "a box as segmentation": (
+        lambda r: r["annotations"][0].update(segmentation=[5, 5, 20, 30]),
+        r"annotation 0: its segmentation is neither a list of polygons .*: a box in place of a p",
+    ),
+    "empty segmentation": (
+        lambda r: r["annotations"][0].update(segmentation=[]),
+        r"annotation 0: it has no segmentation; set eval.detect.masks=false",
+    ),
     "no size": (
         lambda r: r["images"][0].pop("width"),
         r"image 100 is None x 64 px; give width and height",

@@ -8,7 +8,7 @@ import torch
 from finetune_parts import CPU, SmallTask, finetune_settings, trained_state
 from torch.optim.lr_scheduler import MultiStepLR, PolynomialLR
 
-from pcd_ray.errors import TrainingError
+from pcd_ray.errors import EvaluationError
 from pcd_ray.evaluate.finetune.finetune import (
     FinetuneSettings,
     example_batches,
@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     rate = f"{settings.learning_rate(1):.4g}"
     message = rf"\(class, norm\) is not finite at step 1 with learning rate {rate}"
     steps = finetune_steps(task, settings, state, device=CPU)
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(EvaluationError, match=message):
         list(steps)
     assert state.step == 1
     for name, value in state.model.state_dict().items():
@@ -142,7 +142,7 @@ def test_weights_that_are_not_finite_are_not_stored() -> None:
     state = new_state(SmallTask(), finetune_settings(), device=CPU)
     with torch.no_grad():
         unwrapped(state.model).get_parameter("head.bias")[1] = float("nan")
-    with pytest.raises(TrainingError, match=r"head\.bias is not finite after step 0"):
+    with pytest.raises(EvaluationError, match=r"head\.bias is not finite after step 0"):
         state.state_dict()
 
 
@@ -151,9 +151,9 @@ def test_an_images_error_reaches_the_caller() -> None:
     class Damaged(SmallTask):
         def example(self, index: int, seed: int) -> Any:
             del seed
-            raise TrainingError(f"image {index} is damaged")
+            raise EvaluationError(f"image {index} is damaged")
 
-    with pytest.raises(TrainingError, match="is damaged"):
+    with pytest.raises(EvaluationError, match="is damaged"):
         trained_state(Damaged(), finetune_settings())
 
 

@@ -9,7 +9,7 @@ from tiny import images
 from torch import Tensor, nn
 
 from pcd_ray.distill.mhsa import MhsaNeck
-from pcd_ray.errors import TrainingError
+from pcd_ray.errors import EvaluationError
 from pcd_ray.evaluate.pixels.receptive_field import (
     area_50_side,
     area_50_square,
@@ -134,7 +134,7 @@ def test_a_map_that_no_pixel_moves_has_an_empty_field() -> None:
 def test_gradients_that_are_no_numbers_are_refused() -> None:
     network = _plain_convolutions(3, 1)
     nn.init.constant_(network[0].weight, math.nan)
-    with pytest.raises(TrainingError, match="add up to nan"):
+    with pytest.raises(EvaluationError, match="add up to nan"):
         _field(network)
 
 

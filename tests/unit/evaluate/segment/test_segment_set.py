@@ -9,6 +9,8 @@ from segmentation_folder import painted, random_mask, write_set
 from tiny import tiny_config
 
 from pcd_ray.errors import ConfigError, ShardError
+from pcd_ray.evaluate import eval_sets
+from pcd_ray.evaluate.eval_sets import look_through
 from pcd_ray.evaluate.segment.segment_set import looked_through, open_segment_set
 from pcd_ray.evaluate.segment.segmentation_data import open_segmentation
 
@@ -28,10 +30,79 @@ def test_sizes_and_classes_without_a_pixel_are_known(folder: Path) -> None:
     opened = looked_through(open_segmentation(str(folder), size_px=16))
     assert opened.sizes == ((16, 24),)
     assert opened.notes == ()
+    mask = np.zeros((32, 48), np.uint8)
+    mask[0], mask[1:13] = 1, 255
     for file in (folder / "masks").glob("val_*"):
-        Image.fromarray(np.zeros((32, 48), np.uint8)).save(file)
+        Image.fromarray(mask).save(file)
     (note,) = looked_through(open_segmentation(str(folder))).notes
-    assert note == "no pixel of val has class road, tree"
+    assert note == "no pixel of val has class tree, and 38% are 255 = void"
+
+
+ONE_CLASS: dict[str, tuple[dict[int, int], list[str], str]] = {
+    "objects marked with 255": (
+        {1: 255, 2: 255},
+        ["sky", "road"],
+        r"no pixel of SPLIT has label 1, and \d+% are 255 = void: are objects marked with 255\? A "
+        r"split with one class cannot be scored; masks hold 0 for the first class",
+    ),
+    "the same, of three classes": (
+        {1: 255, 2: 255},
+        ["sky", "road", "tree"],
+        r"no pixel of SPLIT has label 1, 2, and \d+% are 255 = void: are objects marked with 255\?",
+    ),
+    "the background marked with 255": (
+        {0: 255, 1: 0, 2: 0},
+        ["sky", "road"],
+        r"no pixel of SPLIT has label 1, and \d+% are 255 = void: are objects marked with 255\?",
+    ),
+    "labels that begin at 1": (
+        {0: 255, 2: 1},
+        ["sky", "road"],
+        r"no pixel of SPLIT has label 0, and \d+% are 255 = void",
+    ),
+    "nothing but background": (
+        {1: 0, 2: 0},
+        ["sky", "road"],
+        r"no pixel of SPLIT has label 1; a split with one class cannot be scored",
+    ),
+    "a list of one class": (
+        {1: 0, 2: 0},
+        ["sky"],
+        r"it lists one class; a split with one class cannot be scored",
+    ),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ONE_CLASS)
+def test_a_split_of_one_class_is_refused_wherever_it_is_opened(
+    kind: str, split: str, folder: Path
+) -> None:
+    """Any network would score 100 on it."""
+    to, classes, message = ONE_CLASS[kind]
+    (folder / "classes.txt").write_text("\n".join(classes))
+    for file in (folder / "masks").iterdir():
+        given = np.array(Image.open(file)).astype(int)
+        mask = np.minimum(given, len(classes) - 1)
+        if file.name.startswith(split):
+            mask = np.select([given == old for old in to], list(to.values()), given)
+        Image.fromarray(mask.astype(np.uint8)).save(file)
+    config = tiny_config(eval={"segmentation": str(folder)})
+    expected = "eval.segmentation: .*: " + message
+    if len(classes) > 1:
+        expected = expected.replace("SPLIT", split)
+    for opened in (open_segment_set, look_through):
+        with pytest.raises(ShardError, match=expected):
+            opened(config)
+
+
+def test_classes_that_a_sample_lacks_are_looked_for_in_the_rest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_sets, "PROBE_SAMPLE", 2)
+    Image.fromarray(np.zeros((32, 48), np.uint8)).save(folder / "masks" / "train_00.png")
+    config = tiny_config(eval={"segmentation": str(folder)})
+    assert look_through(config) == {"eval.segmentation": "2 of 5 images and masks"}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from segmentation_folder import painted, painted_set, random_mask, write_set
 from torch import Tensor
 
-from pcd_ray.errors import ShardError, TrainingError
+from pcd_ray.errors import EvaluationError, ShardError
 from pcd_ray.evaluate.segment.segmentation import linear_probe_miou, upsampled
 from pcd_ray.evaluate.segment.segmentation_data import open_segmentation
 
@@ -150,7 +150,7 @@ def test_unusable_sets_and_features_are_refused(tmp_path: Path) -> None:
     data = open_segmentation(painted_set(tmp_path / "good"))
     with pytest.raises(ShardError, match="no split 'test'"):
         linear_probe_miou(_colours, data, seed=0, splits=("test",))
-    with pytest.raises(TrainingError, match="12 of 12 images have infinite or NaN"):
+    with pytest.raises(EvaluationError, match="12 of 12 images have infinite or NaN"):
         linear_probe_miou(lambda x: _colours(x) / 0, data, seed=0)
     void = np.full((16, 24), 255, np.uint8)
     pair = (painted(random_mask(0)), void)

@@ -1,8 +1,13 @@
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from segmentation_folder import painted, painted_set, random_mask, write_set
 
@@ -128,11 +133,145 @@ def test_labels_beyond_the_class_list_are_named(tmp_path: Path) -> None:
         list(open_segmentation(str(tmp_path)).batches("val", batch_size=4))
 
 
-def test_masks_in_colour_are_refused(tmp_path: Path) -> None:
+def png_of(values: NDArray[np.uint8], *, depth: int, color: int, interlaced: bool) -> bytes:
+    """Return a PNG that holds these values as they are, after its specification.
+
+    Args:
+        values: (Y, X) grays or palette indices.
+        depth: bits of a value: 1, 2, 4 or 8.
+        color: PNG's color type: 0 gray, 3 palette.
+        interlaced: in Adam7's seven passes.
+    """
+
+    def packed(part: NDArray[np.uint8]) -> bytes:
+        bits = np.unpackbits(part[:, :, None], axis=2)[:, :, 8 - depth :]
+        rows = np.packbits(bits.reshape(len(part), -1), axis=1)
+        return b"".join(b"\0" + row.tobytes() for row in rows) if part.shape[1] else b""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    passes = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4)]
+    passes += [(2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)]  # first row, step, first column, step
+    parts = [values[y::dy, x::dx] for y, dy, x, dx in passes] if interlaced else [values]
+    height, width = values.shape
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
+    palette = bytes(range(255, -1, -1)) * 3
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"PLTE", palette[: 3 * 2**depth]) if color == 3 else b"")
+        + chunk(b"IDAT", zlib.compress(b"".join(map(packed, parts))))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("color", [0, 3])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_labels_of_few_bits_are_those_that_are_stored(
+    depth: int, color: int, interlaced: bool, tmp_path: Path
+) -> None:
+    painted_set(tmp_path, train=1, val=1)
+    labels = np.minimum(random_mask(7), 2**depth - 1)
+    png = png_of(labels, depth=depth, color=color, interlaced=interlaced)
+    (tmp_path / "masks" / "val_00.png").write_bytes(png)
+    found = open_segmentation(str(tmp_path)).decoded("val_00")[1]
+    np.testing.assert_array_equal(found, labels)
+    assert found.dtype == np.uint8
+
+
+def test_an_opaque_alpha_channel_changes_no_label(tmp_path: Path) -> None:
+    painted_set(tmp_path, train=1, val=1)
+    mask = Image.fromarray(random_mask(7))
+    opaque = Image.merge("LA", (mask, Image.new("L", mask.size, 255)))
+    opaque.save(tmp_path / "masks" / "val_00.png")
+    data = open_segmentation(str(tmp_path))
+    np.testing.assert_array_equal(data.decoded("val_00")[1], random_mask(7))
+
+
+def test_masks_are_turned_as_their_photographs_are(tmp_path: Path) -> None:
+    painted_set(tmp_path, train=1, val=1)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down: the size is the same
+    for kind in ("images", "masks"):
+        path = tmp_path / kind / "val_00.png"
+        with Image.open(path) as upright:
+            turned = upright.transpose(Image.Transpose.ROTATE_180)
+        turned.save(path, exif=exif)
+    image, labels = open_segmentation(str(tmp_path)).decoded("val_00")
+    np.testing.assert_array_equal(labels, random_mask(1))
+    np.testing.assert_array_equal(np.asarray(image), painted(labels))
+
+
+def palette_mask(grays: list[int]) -> Image.Image:
+    """Return a mask whose palette shows index 0, 1, ... as these grays."""
+    mask = Image.fromarray(np.minimum(random_mask(3), len(grays) - 1))
+    mask.putpalette([gray for gray in grays for _ in range(3)])
+    return mask
+
+
+def deep_mask() -> Image.Image:
+    return Image.fromarray(random_mask(3).astype(np.uint16))
+
+
+def in_colors(mode: str) -> Image.Image:
+    return Image.fromarray(painted(random_mask(3))).convert(mode)
+
+
+def see_through() -> Image.Image:
+    mask = Image.fromarray(random_mask(3))
+    return Image.merge("LA", (mask, mask))
+
+
+NO_LABELS: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], str]] = {
+    "colors": (lambda: in_colors("RGB"), {}, r"its mode is RGB; save it as an 8-bit PNG"),
+    "colors and alpha": (lambda: in_colors("RGBA"), {}, r"its mode is RGBA; save it"),
+    "gray, partly transparent": (see_through, {}, r"its mode is LA; save it as an 8-bit PNG"),
+    "16 bits": (deep_mask, {}, r"it has 16 bits per channel; save it as an 8-bit PNG"),
+    "jpeg": (lambda: in_colors("L"), {"format": "JPEG"}, r"it is a JPEG file; save masks as PNG"),
+    "webp": (lambda: in_colors("RGB"), {"format": "WEBP"}, r"it is a WEBP file; save masks as PNG"),
+    "tiff": (lambda: in_colors("L"), {"format": "TIFF"}, r"it is a TIFF file; save masks as PNG"),
+    "palette made of grays": (
+        lambda: palette_mask([0, 2]),
+        {},
+        r"its palette shows index 1 as gray 2, and both could be the label; save it as an 8-bit",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_files_that_hold_no_labels_are_refused_by_content(kind: str, tmp_path: Path) -> None:
+    make, how, message = NO_LABELS[kind]
     painted_set(tmp_path)
-    Image.fromarray(painted(random_mask(0))).save(tmp_path / "masks" / "val_00.png")
-    with pytest.raises(ShardError, match=r"val_00\.png: its mode is RGB; save it as an 8-bit PNG"):
+    make().save(tmp_path / "masks" / "val_00.png", **how)
+    with pytest.raises(ShardError, match=rf"masks/val_00\.png: {message}"):
         list(open_segmentation(str(tmp_path)).batches("val", batch_size=4))
+
+
+@pytest.mark.parametrize("grays", [[0, 255], [255, 0], [0, 128, 255], [0, 1, 2]])
+def test_indices_of_a_palette_made_for_viewing_are_the_labels(
+    grays: list[int], tmp_path: Path
+) -> None:
+    painted_set(tmp_path)
+    palette_mask(grays).save(tmp_path / "masks" / "val_00.png")
+    (labels,) = open_segmentation(str(tmp_path)).decoded("val_00")[1:]
+    np.testing.assert_array_equal(labels, np.minimum(random_mask(3), len(grays) - 1))
+
+
+@pytest.mark.parametrize("name", ["images/val_00.JPG", "masks/val_00.PNG"])
+def test_two_files_of_one_id_are_refused(name: str, tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    Image.fromarray(random_mask(0)).save(tmp_path / name)
+    with pytest.raises(ShardError, match=r"are two files of the id 'val_00'; remove one of them"):
+        open_segmentation(str(tmp_path))
+
+
+def test_classes_of_one_name_are_told_apart_by_their_labels(tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    (tmp_path / "classes.txt").write_text("door\nroad\ndoor\n")
+    assert open_segmentation(str(tmp_path)).classes == ("door (0)", "road (1)", "door (2)")
 
 
 @pytest.mark.parametrize("kind", ["image", "mask"])

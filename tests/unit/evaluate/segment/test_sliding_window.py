@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcd_ray.errors import TrainingError
+from pcd_ray.errors import EvaluationError
 from pcd_ray.evaluate.segment.sliding_window import predicted_mask, window_starts, windowed_logits
 
 
@@ -80,5 +80,5 @@ def test_masks_of_another_size_than_the_image(image: Tensor) -> None:
 
 
 def test_logits_that_are_not_finite_are_refused(image: Tensor) -> None:
-    with pytest.raises(TrainingError, match="infinite or NaN"):
+    with pytest.raises(EvaluationError, match="infinite or NaN"):
         predicted_mask(lambda *a: wide(*a) / 0, image, size_px=(21, 34))
