@@ -1,8 +1,8 @@
 """Public names of metrics, ``area/name_unit``, in logs, checkpoints and figures alike."""
 
 LOSS = "train/loss"
-LOSS_FLOOR = "train/loss_floor"
-LOSS_ABOVE_FLOOR = "train/loss_above_floor"
+LOSS_AT_TEACHER = "train/loss_at_teacher"
+LOSS_ABOVE_TEACHER = "train/loss_above_teacher"
 POSITIVE_COSINE = "train/positive_cosine"
 NEGATIVE_COSINE = "train/negative_cosine"
 QUEUE_TOP1 = "train/queue_top1_pct"
@@ -25,7 +25,7 @@ SEGMENTATION_MIOU = "eval/segmentation_miou_pct"
 
 SCORES = {"knn_top1": KNN_TOP1, "segmentation_miou": SEGMENTATION_MIOU}
 """What a configuration calls the scores that a run may take while it trains."""
-_OF_THE_SUM = (LOSS, LOSS_FLOOR, LOSS_ABOVE_FLOOR)  # weighted, over all teachers
+_OF_THE_SUM = (LOSS, LOSS_AT_TEACHER, LOSS_ABOVE_TEACHER)  # weighted, over all teachers
 
 
 def of_branch(name: str, number: int) -> str:

@@ -104,15 +104,21 @@ class AugmentConfig:
     grey_prob: float = 0.2
     """Probability of turning grey."""
     student_blur_prob: float = 1.0
-    """Probability of Gaussian blur, sigma 0.1 to 2 pixels, on the student's view."""
+    """Probability of Gaussian blur, sigma 0.1 to 2 pixels, in the student's color recipe."""
     teacher_blur_prob: float = 0.1
-    """The same on the teacher's view."""
+    """The same in the teacher's color recipe."""
     student_solarize_prob: float = 0.0
-    """Probability of inverting pixels of 128 and above on the student's view."""
+    """Probability of inverting pixels of 128 and above in the student's color recipe."""
     teacher_solarize_prob: float = 0.2
-    """The same on the teacher's view."""
+    """The same in the teacher's color recipe."""
+    swap_colors: bool = True
+    """Whether the two color recipes (blur and solarize) change places in half of the views, chosen
+    at random by image and epoch: each network then sees both, as under [code]'s symmetrized loss
+    (l(s(v1), t(v2)) + l(s(v2), t(v1))) / 2, here in expectation and at half its compute per step.
+    A single view of both networks follows either recipe. False: each network keeps its own. [ours]
+    """
     photometric: Literal["shared", "independent"] = "shared"
-    """Whether one crop seen by both networks has one set of colours (``shared``: the student's
+    """Whether one crop seen by both networks has one set of colours (``shared``: one
     view serves both, half the work) or two; two different crops always have two. [ours]"""
 
     def __post_init__(self) -> None:

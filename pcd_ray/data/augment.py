@@ -1,8 +1,9 @@
 """One image and one seed -> its views, with crop box and flip.
 
 Shapes: S = side of a view in pixels. A box is (left, top, width, height, flip): pixels of the
-upright original image, flip 0 or 1. The operations are torchvision's on PIL images, bit for bit,
-without importing torch into Ray Data's workers.
+upright original image, flip 0 or 1. The operations are torchvision's on PIL images, without
+importing torch into Ray Data's workers: bit for bit but for the outermost pixels of a crop, whose
+resizing filter reads beyond the box where torchvision's sees the cut-out part alone.
 """
 
 import math
@@ -48,6 +49,8 @@ class ViewRecipe:
     teacher_blur_prob: float = 0.0
     student_solarize_prob: float = 0.0
     teacher_solarize_prob: float = 0.0
+    swap_colors: bool = False
+    """The student's and the teacher's color recipe change places in half of the views."""
     two_crops: bool = False
     """The teacher sees another crop than the student."""
     two_colours: bool = False
@@ -171,24 +174,27 @@ def _render(image: Image.Image, size: tuple[int, int], recipe: ViewRecipe, seed:
 
 
 def _student_view(crop: Image.Image, recipe: ViewRecipe, seed: int) -> Pixels:
-    view = _coloured(
-        crop,
-        recipe,
-        np.random.default_rng(derive_seed(seed, "student")),
-        blur_prob=recipe.student_blur_prob,
-        solarize_prob=recipe.student_solarize_prob,
-    )
-    return np.asarray(view)
+    return _view_of(crop, recipe, seed, "student", teachers_colors=_swapped(recipe, seed))
 
 
 def _teacher_view(crop: Image.Image, recipe: ViewRecipe, seed: int) -> Pixels:
-    view = _coloured(
-        crop,
-        recipe,
-        np.random.default_rng(derive_seed(seed, "teacher")),
-        blur_prob=recipe.teacher_blur_prob,
-        solarize_prob=recipe.teacher_solarize_prob,
-    )
+    return _view_of(crop, recipe, seed, "teacher", teachers_colors=not _swapped(recipe, seed))
+
+
+def _swapped(recipe: ViewRecipe, seed: int) -> bool:
+    """Say whether student and teacher exchange color recipes in the views of this seed."""
+    return recipe.swap_colors and derive_seed(seed, "swap_colors") % 2 == 1
+
+
+def _view_of(
+    crop: Image.Image, recipe: ViewRecipe, seed: int, network: str, *, teachers_colors: bool
+) -> Pixels:
+    """Color a crop for ``network`` (its draws' name) by one of the two color recipes."""
+    student = recipe.student_blur_prob, recipe.student_solarize_prob
+    teacher = recipe.teacher_blur_prob, recipe.teacher_solarize_prob
+    blur_prob, solarize_prob = teacher if teachers_colors else student
+    rng = np.random.default_rng(derive_seed(seed, network))
+    view = _coloured(crop, recipe, rng, blur_prob=blur_prob, solarize_prob=solarize_prob)
     return np.asarray(view)
 
 

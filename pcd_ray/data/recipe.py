@@ -22,6 +22,7 @@ def recipe_from(augment: AugmentConfig, pairing_kind: str) -> ViewRecipe:
         teacher_blur_prob=augment.teacher_blur_prob,
         student_solarize_prob=augment.student_solarize_prob,
         teacher_solarize_prob=augment.teacher_solarize_prob,
+        swap_colors=augment.swap_colors,
         two_crops=two_crops,
         two_colours=two_crops or augment.photometric == "independent",
     )

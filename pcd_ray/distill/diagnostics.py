@@ -29,8 +29,10 @@ def diagnose(
 ) -> dict[str, Tensor]:
     """Return scalars that describe a step, before its keys are pushed, by their public names.
 
-    - ``loss_floor``: loss of a perfect student (s = t) on this very step, in nats; 0 for ``mse``;
-    - ``loss_above_floor``: the step's loss minus that;
+    - ``loss_at_teacher``: loss where the student equals the teacher (s = t) on this very step, in
+      nats; 0 for ``mse``. With negatives it is not the minimum: a student a little farther from the
+      queue than the teacher is has less;
+    - ``loss_above_teacher``: the step's loss minus that; it may end below 0;
     - ``positive_cosine``, ``negative_cosine``: mean cosine of what the loss compares, pixels or
       for ``image`` pooled students, to positives, to the queue;
     - ``queue_top1_pct``: share of pooled students nearer to their own key than to the queue;
@@ -52,13 +54,13 @@ def diagnose(
     if result.pooled is not None:
         compared, positives = result.pooled, result.keys
         cosine = (compared * positives).sum(dim=1).mean()
-    floor = loss_between(positives, positives, negatives, settings, result.shares)
+    at_teacher = loss_between(positives, positives, negatives, settings, result.shares)
     own = torch.arange(s.shape[1], device=s.device).expand(s.shape[:2])
     target = own if result.pairs.positions is None else result.pairs.positions
     nearest = (s @ result.teacher.transpose(1, 2)).argmax(dim=2)  # (B, N)
     found = {
-        names.LOSS_FLOOR: floor,
-        names.LOSS_ABOVE_FLOOR: result.loss.detach() - floor,
+        names.LOSS_AT_TEACHER: at_teacher,
+        names.LOSS_ABOVE_TEACHER: result.loss.detach() - at_teacher,
         names.POSITIVE_COSINE: cosine,
         names.PIXEL_TOP1: 100 * ((nearest == target) * counted).sum() / total,
         names.EFFECTIVE_RANK: effective_rank(s.flatten(0, 1)),
@@ -78,7 +80,7 @@ def diagnose_branches(
 ) -> dict[str, Tensor]:
     """Return what `diagnose` says of each branch, by the names of `metric_names.of_branch`.
 
-    The floor of the loss and what lies above it are of the weighted sum, as the loss is.
+    The loss at s = t and the loss's distance from it are of the weighted sum, as the loss is.
     """
     each = [
         diagnose(result, branch.negatives, branch.settings)
@@ -86,7 +88,7 @@ def diagnose_branches(
     ]
     found = {
         name: weighted_sum([own[name] for own in each], branches)
-        for name in (names.LOSS_FLOOR, names.LOSS_ABOVE_FLOOR)
+        for name in (names.LOSS_AT_TEACHER, names.LOSS_ABOVE_TEACHER)
     }
     for number, own in enumerate(each, start=1):
         alone = len(each) == 1
@@ -97,10 +99,18 @@ def diagnose_branches(
 
 
 def effective_rank(rows: Tensor) -> Tensor:
-    """Return exp(entropy) of the normalised singular values of centred (P, D) rows."""
-    rows = rows[:: max(1, len(rows) // _RANK_ROWS)].float()
-    values = torch.linalg.svdvals(rows - rows.mean(dim=0))
-    shares = values / values.sum().clamp(min=1e-12)
+    """Return exp(entropy) of the normalized singular values of centered (P, D) rows.
+
+    Of many rows a random sample counts, the same one each time for the same number of rows.
+    """
+    if len(rows) > _RANK_ROWS:
+        shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        rows = rows[shuffled[:_RANK_ROWS].to(rows.device)]
+    centered = rows.double() - rows.double().mean(
+        dim=0
+    )  # eigenvalues are squares: float32 is short
+    values = torch.linalg.eigvalsh(centered.T @ centered).clamp(min=0).sqrt()
+    shares = values / values.sum().clamp(min=1e-6)  # rounding of constant unit vectors is no rank
     rank: Tensor = torch.special.entr(shares).sum().exp()
     return rank
 

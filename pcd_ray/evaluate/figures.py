@@ -216,13 +216,13 @@ def _draw_panel(axis: Axes, panel: _Panel, history: Sequence[Mapping[str, float]
     axis.plot(*logged.T, color=BLUE, linewidth=0.7, alpha=0.3)
     axis.plot(*_smooth(logged).T, color=BLUE, linewidth=1.8, marker=marker, markersize=3.5)
     if panel.key == names.LOSS:
-        floor = _points(history, names.LOSS_FLOOR)
-        if len(floor):
-            lowest = _smooth(floor)
-            axis.plot(*lowest.T, color=FAINT, linewidth=1.2)
-            if len(lowest) == 1:  # one point is no line
-                axis.axhline(lowest[0, 1], color=FAINT, linewidth=1.2)
-            _name_line(axis, "floor: a perfect student", float(lowest[-1, 1]), color=FAINT)
+        at_teacher = _points(history, names.LOSS_AT_TEACHER)
+        if len(at_teacher):
+            line = _smooth(at_teacher)
+            axis.plot(*line.T, color=FAINT, linewidth=1.2)
+            if len(line) == 1:  # one point is no line
+                axis.axhline(line[0, 1], color=FAINT, linewidth=1.2)
+            _name_line(axis, "student = teacher", float(line[-1, 1]), color=FAINT)
     _dress(axis, f"{panel.title} ({panel.unit})" if panel.unit else panel.title)
 
 

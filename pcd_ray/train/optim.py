@@ -35,11 +35,23 @@ def peak_learning_rate(base_lr: float, global_batch_size: int) -> float:
 
 
 def parameter_groups(student: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """Return two groups: weights with decay; biases and norms without (LARS adapts none)."""
-    trained = [p for p in student.parameters() if p.requires_grad]
+    """Return two groups: weights with decay; all others without, which LARS does not adapt.
+
+    Others are biases, norms, and what a timm model inside the student names in its
+    ``no_weight_decay()``: class tokens, positions, tables of relative positions.
+    """
+    named = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in student.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.ndim > 1 and name not in named]
+    others = [p for name, p in trained if p.ndim <= 1 or name in named]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 

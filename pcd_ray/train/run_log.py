@@ -115,13 +115,13 @@ class RunLog:
             ),
             f"pixel top-1 {values[names.PIXEL_TOP1]:.1f}%",
         )
-        above = values[names.LOSS_ABOVE_FLOOR]
-        loss = values[names.LOSS_FLOOR] + above  # of the same step: train/loss is a mean over many
+        at_teacher = values[names.LOSS_AT_TEACHER]
+        loss = at_teacher + values[names.LOSS_ABOVE_TEACHER]  # of one step: train/loss is a mean
         return (
             f"step {step}/{self._total_steps} epoch {epoch:.2f} | ETA {_duration(left_s)} | "
             f"{values[names.IMAGES_PER_S]:.1f} images/s | "
             f"data wait {values[names.DATA_WAIT]:.0f}% | "
-            f"loss {loss:.3f} ({above:+.3f} above floor) | "
+            f"loss {loss:.3f} ({at_teacher:.3f} at student = teacher) | "
             f"{quality}"
         )
 

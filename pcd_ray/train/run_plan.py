@@ -220,7 +220,7 @@ def _plan_of(  # noqa: PLR0913 - what the parts of a plan are told
         backbone_parameters=parameters_of(method.student.backbone),
         eval_read=eval_read,
         notes=notes
-        | _queue_note(config, steps=steps)
+        | _queue_note(config, steps=steps, num_images=shards.num_images)
         | precision_note(config.train.precision, device, torch.backends.cpu.get_cpu_capability()),
         memory_gib_per_worker=round(memory_gib(config, method), 2),
         scale=_scale(config, shards, method, sample),
@@ -274,16 +274,17 @@ def precision_note(precision: str, device: str, capability: str) -> dict[str, st
     }
 
 
-def _queue_note(config: Config, *, steps: int) -> dict[str, str]:
-    """Say that a run of so many steps cannot fill its queue, if so."""
-    needed = _queue_fill_steps(config)
-    if needed <= steps:
+def _queue_note(config: Config, *, steps: int, num_images: int) -> dict[str, str]:
+    """Say that a run of so many steps and images has too large a queue, if so."""
+    size, needed = config.loss.queue_size, _queue_fill_steps(config)
+    most = max(1, min(steps * config.train.global_batch_size, num_images // 3))
+    if needed > steps:
+        why = f"needs {needed:,} steps to fill, the run has {steps:,}; the rest stays random"
+    elif needed and config.train.epochs > 1 and size > num_images / 2:
+        why = f"is more than half of the {num_images:,} images: it holds their own earlier vectors"
+    else:
         return {}
-    most = steps * config.train.global_batch_size
-    return {
-        "loss.queue_size": f"the queue of {config.loss.queue_size:,} needs {needed:,} steps to "
-        f"fill, the run has {steps:,}; what is not filled stays random: use at most {most}"
-    }
+    return {"loss.queue_size": f"the queue of {size:,} {why}: use at most {most}"}
 
 
 def _own_head(config: Config, loaded: LoadedTeacher) -> nn.Sequential | None:

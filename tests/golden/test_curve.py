@@ -27,7 +27,7 @@ CURVE = Path(__file__).parent / "curves" / "debug_cpu.txt"
 STEPS, BATCH = 30, 8
 COLUMNS = (
     names.LOSS,
-    names.LOSS_ABOVE_FLOOR,
+    names.LOSS_ABOVE_TEACHER,
     names.GRAD_NORM,
     names.PIXEL_TOP1,
     names.EFFECTIVE_RANK,

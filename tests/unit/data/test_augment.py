@@ -7,6 +7,7 @@ import resource
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
@@ -37,6 +38,7 @@ PLAIN = ViewRecipe(
     teacher_blur_prob=0.0,
     student_solarize_prob=0.0,
     teacher_solarize_prob=0.0,
+    swap_colors=False,
     two_crops=False,
     two_colours=False,
 )
@@ -47,6 +49,7 @@ FULL = dataclasses.replace(
     student_blur_prob=1.0,
     teacher_blur_prob=0.1,
     teacher_solarize_prob=0.2,
+    swap_colors=True,
     two_crops=True,
     two_colours=True,
 )
@@ -163,11 +166,64 @@ def test_switching_colours_off_leaves_the_geometry(switched_off: dict[str, float
         assert np.array_equal(one.teacher_box, two.teacher_box)
 
 
-def test_the_teachers_colours_leave_the_students_alone() -> None:
-    other = dataclasses.replace(FULL, teacher_blur_prob=1.0, teacher_solarize_prob=1.0)
-    one, two = make_views(_photo(), FULL, 3), make_views(_photo(), other, 3)
+def test_the_teachers_colours_leave_the_students_alone_where_none_are_swapped() -> None:
+    fixed = dataclasses.replace(FULL, swap_colors=False)
+    other = dataclasses.replace(fixed, teacher_blur_prob=1.0, teacher_solarize_prob=1.0)
+    one, two = make_views(_photo(), fixed, 3), make_views(_photo(), other, 3)
     assert np.array_equal(one.student, two.student)
     assert not np.array_equal(one.teacher, two.teacher)
+
+
+@pytest.mark.parametrize("two_crops", [False, True])
+def test_swapped_colors_leave_the_boxes(two_crops: bool) -> None:
+    swapping = dataclasses.replace(FULL, two_crops=two_crops)
+    fixed = dataclasses.replace(swapping, swap_colors=False)
+    for seed in range(10):
+        one, two = make_views(_photo(), swapping, seed), make_views(_photo(), fixed, seed)
+        assert np.array_equal(one.student_box, two.student_box)
+        assert np.array_equal(one.teacher_box, two.teacher_box)
+
+
+SEEDS = 400
+
+
+def _altered(recipe: ViewRecipe) -> NDArray[np.bool_]:
+    """Return whether the student's, the teacher's view differs from the image, (SEEDS, 2)."""
+    image = _square()  # sharp noise: even a blur of sigma 0.1 changes pixels
+    rows = []
+    for seed in range(SEEDS):
+        views = make_views(image, recipe, seed)
+        pair = (views.student, views.student if views.teacher is None else views.teacher)
+        rows.append([not np.array_equal(view, np.asarray(image)) for view in pair])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("operation", ["blur", "solarize"])
+@pytest.mark.parametrize("two_colours", [False, True])
+def test_both_networks_see_an_operation_as_often_as_the_mean_of_both_recipes(
+    operation: str, two_colours: bool
+) -> None:
+    probs = {f"student_{operation}_prob": 0.9, f"teacher_{operation}_prob": 0.1}
+    fixed = dataclasses.replace(_whole(**probs), two_colours=two_colours)
+    swapping = dataclasses.replace(fixed, swap_colors=True)
+    student, teacher = _altered(swapping).mean(axis=0)
+    five_deviations = 5 * math.sqrt(0.5 * 0.5 / SEEDS)
+    assert abs(student - 0.5) < five_deviations
+    assert abs(teacher - 0.5) < five_deviations
+    student, teacher = _altered(fixed).mean(axis=0)
+    assert student > 0.5 + five_deviations
+    assert (teacher < 0.5 - five_deviations) == two_colours  # else both see the student's view
+
+
+def test_of_two_views_exactly_one_has_each_recipe() -> None:
+    recipe = dataclasses.replace(
+        _whole(student_solarize_prob=1.0, teacher_solarize_prob=0.0),
+        two_colours=True,
+        swap_colors=True,
+    )
+    student, teacher = _altered(recipe).T
+    assert (student != teacher).all()
+    assert 0 < student.sum() < SEEDS
 
 
 def _whole(**settings: float) -> ViewRecipe:
@@ -336,9 +392,10 @@ def test_the_middle_of_a_long_strip_is_seen_in_little_memory(size: tuple[int, in
 
 TWO_CROPS, TWO_COLOURS = FULL, dataclasses.replace(FULL, two_crops=False)
 ONE_VIEW = dataclasses.replace(TWO_COLOURS, two_colours=False)
+FIXED = dataclasses.replace(TWO_COLOURS, swap_colors=False)
 
 
-@pytest.mark.parametrize("recipe", [TWO_CROPS, TWO_COLOURS, ONE_VIEW])
+@pytest.mark.parametrize("recipe", [TWO_CROPS, TWO_COLOURS, ONE_VIEW, FIXED])
 @pytest.mark.parametrize("seed", range(6))
 def test_views_are_the_same_made_together_or_each_alone(recipe: ViewRecipe, seed: int) -> None:
     """Also of JPEGs that are decoded at a reduced size, which depends on both boxes."""

@@ -92,9 +92,11 @@ def test_numbers_of_the_sum_and_of_each_teacher_have_names_of_their_own() -> Non
         for result, branch in zip(results, both, strict=True)
     ]
     assert len(found) == 2 * len(each[0]) + 2
-    floors = [own[names.LOSS_FLOOR] for own in each]
-    assert found["train/loss_floor"] == WEIGHTS[0] * floors[0] + WEIGHTS[1] * floors[1]
-    assert [found[f"train/loss_floor_{number}"] for number in (1, 2)] == floors
+    at_teachers = [own[names.LOSS_AT_TEACHER] for own in each]
+    assert (
+        found["train/loss_at_teacher"] == WEIGHTS[0] * at_teachers[0] + WEIGHTS[1] * at_teachers[1]
+    )
+    assert [found[f"train/loss_at_teacher_{number}"] for number in (1, 2)] == at_teachers
     for number, suffix in enumerate(("", "_2")):
         name = "train/positive_cosine"
         assert found[f"{name}{suffix}"] == each[number][name]

@@ -37,7 +37,7 @@ def teacher_pixels() -> Tensor:
 def test_a_perfect_student() -> None:
     t = teacher_pixels()
     found = diagnosed(t, t)
-    assert found["loss_above_floor"] == pytest.approx(0, abs=1e-12)
+    assert found["loss_above_teacher"] == pytest.approx(0, abs=1e-12)
     assert found["positive_cosine"] == pytest.approx(1)
     assert found["pixel_top1_pct"] == found["queue_top1_pct"] == 100
     assert found["student_spread"] == found["teacher_spread"]
@@ -60,14 +60,16 @@ def of_kind(kind: str, student: Tensor, teacher: Tensor) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_perfect_student_stands_at_the_floor_of_its_kind(kind: str) -> None:
+def test_a_student_that_equals_its_teacher_has_the_loss_at_the_teacher_of_its_kind(
+    kind: str,
+) -> None:
     t, other = teacher_pixels(), unit_rows(5, 4 * 9, 16).view(4, 9, 16)
     found = of_kind(kind, t, t)
-    assert found["loss_above_floor"] == pytest.approx(0, abs=1e-12)
+    assert found["loss_above_teacher"] == pytest.approx(0, abs=1e-12)
     assert found["positive_cosine"] == pytest.approx(1)
-    assert (found["loss_floor"] == 0) == (kind == "mse")
-    assert of_kind(kind, other, t)["loss_floor"] == found["loss_floor"]
-    assert of_kind(kind, other, t)["loss_above_floor"] > 0.1
+    assert (found["loss_at_teacher"] == 0) == (kind == "mse")
+    assert of_kind(kind, other, t)["loss_at_teacher"] == found["loss_at_teacher"]
+    assert of_kind(kind, other, t)["loss_above_teacher"] > 0.1
 
 
 def test_the_image_level_compares_pooled_vectors_and_regression_says_nothing_of_a_queue() -> None:
@@ -81,15 +83,19 @@ def test_the_image_level_compares_pooled_vectors_and_regression_says_nothing_of_
     assert image["negative_cosine"] == pytest.approx((keys @ NEGATIVES.T).mean().item())
     assert pixel.keys() == image.keys()
     assert pixel.keys() - mse.keys() == {"queue_top1_pct", "negative_cosine"}
-    assert mse["loss_above_floor"] == pytest.approx(2 - 2 * mse["positive_cosine"])
+    assert mse["loss_above_teacher"] == pytest.approx(2 - 2 * mse["positive_cosine"])
 
 
-def test_the_floor_and_the_loss_above_it_are_the_loss() -> None:
+def test_the_loss_at_the_teacher_and_the_distance_from_it_are_the_loss() -> None:
     student, t = unit_rows(5, 4 * 9, 16).view(4, 9, 16), teacher_pixels()
     found = diagnosed(student, t)
     loss = result_of(student, t).loss.item()
-    assert found["loss_floor"] + found["loss_above_floor"] == pytest.approx(loss, rel=1e-12)
-    assert found["loss_floor"] == diagnosed(t, t)["loss_floor"] == result_of(t, t).loss.item()
+    assert found["loss_at_teacher"] + found["loss_above_teacher"] == pytest.approx(loss, rel=1e-12)
+    assert (
+        found["loss_at_teacher"]
+        == diagnosed(t, t)["loss_at_teacher"]
+        == result_of(t, t).loss.item()
+    )
 
 
 def test_constant_features_have_rank_one_and_no_spread() -> None:
@@ -98,7 +104,7 @@ def test_constant_features_have_rank_one_and_no_spread() -> None:
     assert found["effective_rank"] == pytest.approx(1, abs=1e-3)
     assert found["student_spread"] == pytest.approx(0, abs=1e-6)
     assert found["map_spread"] == pytest.approx(0, abs=1e-6)
-    assert found["loss_above_floor"] > 1
+    assert found["loss_above_teacher"] > 1
     assert found["teacher_spread"] > 0.9
 
 
@@ -144,9 +150,33 @@ def test_effective_rank_counts_equal_directions(rank: int) -> None:
     assert effective_rank(rows).item() == pytest.approx(rank, rel=1e-3)
 
 
+def test_the_teacher_is_not_the_minimum_of_a_loss_with_negatives() -> None:
+    t = teacher_pixels()
+    beyond = t.clone().requires_grad_()
+    result_of(beyond, t).loss.backward()
+    assert beyond.grad is not None
+    moved = F.normalize(t - 0.1 * beyond.grad, dim=2)
+    assert diagnosed(moved, t)["loss_above_teacher"] < 0
+
+
 def test_effective_rank_of_many_rows_is_that_of_a_part() -> None:
     rows = unit_rows(4, 20_000, 16)
     assert effective_rank(rows).item() == pytest.approx(16, rel=0.01)
+
+
+@pytest.mark.parametrize(("batch", "positions"), [(512, 16), (1024, 64)])
+def test_effective_rank_looks_at_all_positions_alike(batch: int, positions: int) -> None:
+    axes = torch.eye(positions, dtype=torch.float64)
+    maps = torch.cat([axes, -axes]).view(2, positions, -1).repeat(batch // 2, 1, 1)  # (B, N, N)
+    assert effective_rank(maps.flatten(0, 1)).item() == pytest.approx(positions, rel=0.02)
+
+
+def test_effective_rank_is_that_of_the_singular_values() -> None:
+    rows = unit_rows(4, 300, 16) * torch.arange(1, 17)
+    values = torch.linalg.svdvals(rows - rows.mean(dim=0))
+    expected = torch.special.entr(values / values.sum()).sum().exp().item()
+    assert effective_rank(rows).item() == pytest.approx(expected, rel=1e-10)
+    assert effective_rank(rows.float()).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_spread_of_two_opposite_vectors_is_one() -> None:

@@ -182,13 +182,13 @@ class Imitator(nn.Module):
         return (self.teacher(x),)
 
 
-def test_a_student_that_is_its_teacher_stands_at_the_floor() -> None:
+def test_a_student_that_is_its_teacher_has_the_loss_at_the_teacher() -> None:
     teacher, negatives = small_teacher(), unit_rows(14, 23, 6)
     got = one_step(Imitator(teacher), teacher, negatives, views(shared=True), settings())
     t = got.teacher.flatten(0, 1)
     # the positive's cosine is 1: softplus of the queue's log-sum-exp minus 1 / tau
-    floor = (1 + (t @ negatives.T / 0.2).exp().sum(1) / np.exp(1 / 0.2)).log().mean()
-    torch.testing.assert_close(got.loss, floor)
+    expected = (1 + (t @ negatives.T / 0.2).exp().sum(1) / np.exp(1 / 0.2)).log().mean()
+    torch.testing.assert_close(got.loss, expected)
 
 
 def test_other_colours_of_the_teachers_view_reach_the_teacher_alone() -> None:

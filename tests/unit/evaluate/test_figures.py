@@ -18,7 +18,7 @@ HISTORY = [
     {
         "step": step,
         "train/loss": 9 - 0.1 * step,
-        "train/loss_floor": 6.0,
+        "train/loss_at_teacher": 6.0,
         "eval/knn_top1_pct": 20.0 + step,
     }
     for step in range(12)
@@ -57,17 +57,21 @@ def test_only_logged_metrics_get_a_panel() -> None:
     assert one.shape[1] < two.shape[1]
 
 
-def test_the_floor_is_drawn_as_it_was_logged_whatever_one_step_stood_above_it() -> None:
-    gaps = [{**line, "train/loss_above_floor": 0.3 * line["step"]} for line in HISTORY]
+def test_the_loss_at_the_teacher_is_drawn_as_it_was_logged_whatever_one_step_stood_above_it() -> (
+    None
+):
+    gaps = [{**line, "train/loss_above_teacher": 0.3 * line["step"]} for line in HISTORY]
     assert loss_curve(gaps) == loss_curve(HISTORY)
-    assert loss_curve([{**line, "train/loss_floor": 5.0} for line in HISTORY]) != loss_curve(
+    assert loss_curve([{**line, "train/loss_at_teacher": 5.0} for line in HISTORY]) != loss_curve(
         HISTORY
     )
-    bare = [{k: v for k, v in line.items() if k != "train/loss_floor"} for line in HISTORY]
+    bare = [{k: v for k, v in line.items() if k != "train/loss_at_teacher"} for line in HISTORY]
     assert loss_curve(bare) != loss_curve(HISTORY)
+    old = {"train/loss_floor": 6.0, "train/loss_above_floor": 0.5}  # as runs were stored before
+    assert loss_curve([line | old for line in bare]) == loss_curve(bare)
 
 
-def test_a_single_logged_step_shows_its_floor_as_a_line() -> None:
+def test_a_single_logged_step_shows_its_loss_at_the_teacher_as_a_line() -> None:
     faint = np.array((0x6B, 0x72, 0x80), np.uint8)
 
     def longest(history: list[dict[str, float]]) -> int:
@@ -75,7 +79,7 @@ def test_a_single_logged_step_shows_its_floor_as_a_line() -> None:
 
     line = {"step": 3, "train/loss": 9.0, "train/positive_cosine": 0.5}
     assert longest([line]) < 30  # letters alone
-    assert longest([line | {"train/loss_floor": 6.0}]) > 200
+    assert longest([line | {"train/loss_at_teacher": 6.0}]) > 200
 
 
 def test_the_unit_of_the_loss_is_shown() -> None:

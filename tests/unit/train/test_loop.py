@@ -111,7 +111,7 @@ def test_each_kind_of_loss_learns_what_it_measures(kind: str) -> None:
     batches = [*host_batches(loop_settings(steps=2), 0, 2)] * 30  # the same images again
     settings = loop_settings(steps=60, schedule=schedule)
     lines = [done.metrics for done in train_steps(state, batches, settings) if done.metrics]
-    above = [line[names.LOSS_ABOVE_FLOOR] for line in lines]
+    above = [line[names.LOSS_ABOVE_TEACHER] for line in lines]
     assert min(above[-2:]) < 0.5 * above[0]
     assert lines[-1][names.POSITIVE_COSINE] > lines[0][names.POSITIVE_COSINE] + 0.2
 

@@ -2,6 +2,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +73,31 @@ def test_groups_hold_each_weight_that_trains_once_and_decay_matrices_alone() -> 
     expected |= {id(p) for n, p in student.named_parameters() if n.endswith("bias")}
     expected &= {id(p) for p in student.parameters() if p.requires_grad}
     assert {id(p) for p in plain["params"]} == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "named"),
+    [
+        ("test_vit", {"cls_token", "pos_embed"}),
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_positions_and_tokens_of_timm_models_are_neither_decayed_nor_adapted(
+    backbone: str, named: set[str], optimizer: str
+) -> None:
+    small = {"embed_dim": 24, "depths": (1, 1, 1, 1)} if "swin" in backbone else {}
+    body = timm.create_model(backbone, num_classes=0, **small)
+    student = nn.Sequential(nn.Sequential(body), nn.Conv2d(4, 2, 1))  # their names get a prefix
+    decayed, plain = build_optimizer(optimizer, student, weight_decay=0.1).param_groups
+    assert (plain["weight_decay"], plain.get("always_adapt", False)) == (0.0, False)
+    found = {
+        kind: {name.rpartition(".")[2] for name, p in student.named_parameters() if ids & {id(p)}}
+        for kind, group in (("decayed", decayed), ("plain", plain))
+        for ids in [{id(p) for p in group["params"]}]
+    }
+    assert found["decayed"] == {"weight"}
+    assert found["plain"] >= named
 
 
 def moved(name: str, weight_decay: float, steps: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -15,8 +15,8 @@ from pcd_ray.train.run_log import RunLog
 def values(**changes: float) -> dict[str, float]:
     usual = {
         names.LOSS: 4.5,
-        names.LOSS_FLOOR: 4.0,  # of the last step, as what stands above it
-        names.LOSS_ABOVE_FLOOR: -0.25,
+        names.LOSS_AT_TEACHER: 4.0,  # of the last step, as what stands above it
+        names.LOSS_ABOVE_TEACHER: -0.25,
         names.PIXEL_TOP1: 12.5,
         names.QUEUE_FILL: 100.0,
         names.STUDENT_SPREAD: 0.9,
@@ -66,9 +66,9 @@ def test_the_progress_line_says_how_far_how_long_and_how_good(
     log.metrics(1985, 3.0, values())
     assert console.getvalue().splitlines() == [
         "step 1100/2000 epoch 2.50 | ETA 30m00s | 64.0 images/s | data wait 7% | "
-        "loss 3.750 (-0.250 above floor) | pixel top-1 12.5%",
+        "loss 3.750 (4.000 at student = teacher) | pixel top-1 12.5%",
         "step 1985/2000 epoch 3.00 | ETA 0m30s | 64.0 images/s | data wait 7% | "
-        "loss 3.750 (-0.250 above floor) | kNN 41.2%",
+        "loss 3.750 (4.000 at student = teacher) | kNN 41.2%",
     ]
 
 

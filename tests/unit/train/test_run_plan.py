@@ -106,7 +106,7 @@ def test_a_plan_says_what_is_true_of_its_kind_of_loss(
     assert plan.chance_loss == pytest.approx(chance, abs=5e-4)  # three decimals
     assert (plan.queue_fill_steps, plan.loss_implementation) == (fill_steps, implementation)
     assert plan.embedding_width == CHANNELS
-    assert plan.notes == {}
+    assert plan.notes.keys() == (set() if kind == "mse" else {"loss.queue_size"})
     second = {"arch": "test_resnet", "head": "none", "weight": 0.5}
     second["weights"] = str(folder / "teacher.safetensors")
     two = planned(folder, loss=loss, teacher_2=second)
@@ -190,15 +190,34 @@ def test_passes_of_one_image_stay_filled_where_the_batch_does_not_split() -> Non
     assert [passes_of(train, workers) for workers in (1, 2, 3, 4)] == [4, 2, 1, 1]
 
 
-def test_a_queue_that_the_run_cannot_fill_is_noted(folder: Path) -> None:
-    plan = planned(folder, loss={"queue_size": 13})
-    (note,) = plan.summary()["notes"].items()
-    assert note[0] == "loss.queue_size"
-    assert "of 13 needs 13 steps to fill, the run has 12" in note[1]
-    assert note[1].endswith("use at most 12")
-    assert len(note[1]) < 140  # a line of the printed plan holds 160, with larger numbers
-    assert planned(folder, loss={"queue_size": 13, "kind": "image"}).notes == plan.notes
-    assert planned(folder, loss={"queue_size": 13, "kind": "mse"}).notes == {}
+@pytest.mark.parametrize(
+    ("size", "epochs", "why"),
+    [
+        (1, 4, None),
+        (2, 4, "of 2 is more than half of the 3 images: it holds their own earlier vectors"),
+        (12, 4, "of 12 is more than half of the 3 images"),
+        (13, 4, "of 13 needs 13 steps to fill, the run has 12; the rest stays random"),
+        (3, 1, None),  # no image is seen twice
+        (4, 1, "of 4 needs 4 steps to fill, the run has 3"),
+    ],
+)
+def test_a_queue_that_is_too_large_for_the_run_or_its_images_is_noted(
+    size: int, epochs: int, why: str | None, folder: Path
+) -> None:
+    train = {"epochs": epochs}
+    fitting = {"warmup_epochs": 0.5}
+    plan = planned(folder, train, loss={"queue_size": size}, optim=fitting)
+    image = planned(folder, train, loss={"queue_size": size, "kind": "image"}, optim=fitting)
+    assert image.notes == plan.notes
+    mse = planned(folder, train, loss={"queue_size": size, "kind": "mse"}, optim=fitting)
+    assert mse.notes == {}
+    if why is None:
+        assert plan.notes == {}
+        return
+    note = plan.summary()["notes"]["loss.queue_size"]
+    assert why in note
+    assert note.endswith(": use at most 1")
+    assert len(note) < 140  # a line of the printed plan holds 160, with larger numbers
 
 
 def test_bf16_is_noted_where_a_cpu_computes_it_in_software() -> None:

@@ -80,6 +80,7 @@ OTHER_MAPS: list[dict[str, dict[str, Any]]] = [
     {"augment": {"min_scale": 0.3}},
     {"augment": {"teacher_blur_prob": 0.9}},
     {"augment": {"photometric": "independent"}},
+    {"augment": {"swap_colors": False}},
     {"augment": {"image_size_px": 96}},
     {"pairing": {"kind": "cross_view_index"}},
     {"run": {"seed": 1}},
