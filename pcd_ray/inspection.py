@@ -115,7 +115,7 @@ def _weights(uri: str) -> InspectResult:
         {
             "method": "not said: a bare backbone" if parts.layout == "timm" else parts.layout,
             "network": f"{network}, up to stage {parts.tap}" if parts.tap else str(network),
-            "read_as": list(parts.notes) or "it stands",
+            "conversions": list(parts.notes) or "none",
             "tensors": len(file.tensors),
             "parameters": sum(value.numel() for value in parts.backbone.values()),
             "head": layer_names(head) or f"none: {headless_words(parts)}",

@@ -17,7 +17,7 @@ from pcd_ray.distill.backbones import (
 )
 from pcd_ray.distill.conversions import EFFICIENTNET_NAMES
 from pcd_ray.distill.heads import MlpShape
-from pcd_ray.distill.networks import HEADS_UNKNOWN, Network
+from pcd_ray.distill.networks import HEADS_UNKNOWN, NO_NAMES, Network
 from pcd_ray.distill.teacher import TeacherIdentity
 from pcd_ray.distill.teacher_parts import OTHER_HEADS, TeacherParts, headless_words, take_apart
 from pcd_ray.distill.timm_heads import classifier_of, clip_projection, own_head
@@ -27,6 +27,7 @@ from pcd_ray.errors import ConfigError, PcdError, WeightsError
 
 _BARE = ("timm", EFFICIENTNET_NAMES)
 """Layouts of a backbone alone."""
+_IF_TIMMS = ", where these are the names of a timm network"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ def _network(teacher: TeacherConfig, parts: TeacherParts) -> Network:
             whole = "give the file as published, or " if released else ""
             raise WeightsError(
                 f"{teacher.weights}{kind} does not say its network: {found}; {whole}set "
-                "teacher.arch to the timm name"
+                f"teacher.arch to the timm name{_IF_TIMMS if found.startswith(NO_NAMES) else ''}"
             )
         return found
     given = Network(teacher.arch)

@@ -89,19 +89,17 @@ def foreign_names(state: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _joined(state: _State, parts: tuple[str, str, str], whole: str) -> _State:
-    """Replace three projections of attention by the one that timm has, in their place."""
+def _joined_attention(state: _State) -> _State:
+    """Join the projections to queries, keys and values; one that lacks its bias has 0."""
     joined: _State = {}
     for key, value in state.items():
-        stem, _, kind = key.rpartition(".")
-        block, _, part = stem.rpartition(".")
-        if part not in parts:
+        match = re.fullmatch(r"(.+\.attn\.)([qkv])_proj\.(\w+)", key)
+        if match is None:
             joined[key] = value
-        elif part == parts[0]:
-            names = [f"{block}.{each}.{kind}" for each in parts]
-            # a projection may lack its bias, which is 0 then
-            found = [state.get(name, torch.zeros_like(value)) for name in names]
-            joined[f"{block}.{whole}.{kind}"] = torch.cat(found)
+        elif match[2] == "q":
+            names = [f"{match[1]}{each}_proj.{match[3]}" for each in "qkv"]
+            parts = [state.get(name, torch.zeros_like(value)) for name in names]
+            joined[f"{match[1]}qkv.{match[3]}"] = torch.cat(parts)
     return joined
 
 
@@ -127,21 +125,18 @@ def _dinov3_biases(state: _State) -> _State:
 
 
 def _transformers_vit(state: _State) -> _State:
-    return _with_registers(_joined(state, ("query", "key", "value"), "qkv"))
+    return _with_registers(_joined_attention(state))
 
 
 def _transformers_dinov3(state: _State) -> _State:
-    return _dinov3_biases(_joined(state, ("q_proj", "k_proj", "v_proj"), "qkv"))
+    return _dinov3_biases(_joined_attention(state))
 
 
-_BLOCK = (r"^(?:model\.)?(?:encoder\.)?layer\.(\d+)\.", r"blocks.\1.")
+_BLOCK = (r"^(?:model\.)?(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1.")
+_PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
 _TRANSFORMERS_VIT = Naming(
     name="transformers",
-    marks=(
-        "embeddings.patch_embeddings.projection.weight",
-        "embeddings.cls_token",
-        "encoder.layer.0.attention.attention.query.weight",
-    ),
+    marks=(*_PATCHES, "encoder.layer.0.attention.attention.query.weight"),
     rules=(
         _BLOCK,
         (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -149,14 +144,15 @@ _TRANSFORMERS_VIT = Naming(
         (r"^embeddings\.register_tokens$", "reg_token"),
         (r"^embeddings\.distillation_token$", "dist_token"),
         (r"^embeddings\.", ""),
-        (r"\.attention\.attention\.", ".attn."),
-        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.attention\.attention\.query\.", ".attn.q_proj."),
+        (r"\.attention\.attention\.key\.", ".attn.k_proj."),
+        (r"\.attention\.attention\.value\.", ".attn.v_proj."),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.attention\.", ".attn."),
         (r"\.layernorm_before\.", ".norm1."),
         (r"\.layernorm_after\.", ".norm2."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"\.output\.dense\.", ".mlp.fc2."),
-        (r"\.mlp\.weights_in\.", ".mlp.fc1."),
-        (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+        (r"\.(?:intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+        (r"\.(?:output\.dense|mlp\.weights_out)\.", ".mlp.fc2."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
         (r"^layernorm\.", "norm."),
     ),
@@ -191,7 +187,7 @@ def _with_up_projection(state: _State) -> _State:
 
 _DINOV2 = Naming(
     name="DINOv2's hub",
-    marks=("register_tokens", "cls_token"),
+    marks=("register_tokens", "patch_embed.proj.weight"),
     rules=(
         (r"^register_tokens$", "reg_token"),
         (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # of training, in chunks
@@ -282,6 +278,8 @@ NAMINGS = (
     _MMPRETRAIN_VIT,
     _TORCHVISION_VIT,
     _TRANSFORMERS_VIT,
+    replace(_TRANSFORMERS_VIT, marks=(*_PATCHES, "layers.0.attention.q_proj.weight")),
+    replace(_TRANSFORMERS_VIT, marks=(*_PATCHES, "encoder.layer.0.attention.q_proj.weight")),
     _TRANSFORMERS_DINOV3,
     _TRANSFORMERS_RESNET,
     _DINOV2,

@@ -78,6 +78,8 @@ _EFFICIENTNETS = {  # blocks, width of the last one, squeeze-and-excitation or n
     (24, 384, False): "lite3",
     (30, 448, False): "lite4",
 }
+NO_NAMES = "its names"
+"""How the reason begins where names tell no network."""
 HEADS_UNKNOWN = (
     "a small vision transformer with fixed positions, of which no shape tells whether it has 6 "
     "attention heads or, as MoCo v3's, 12"
@@ -113,7 +115,7 @@ def network_of(state: Mapping[str, Tensor], *, mocov3: bool = False) -> Network 
     if "reg_token" in state and ndims.get("blocks.0.gamma_1") == 1 and "pos_embed" not in state:
         return _dinov3(state)
     groups = listed(sorted({key.partition(".")[0] for key in state}))
-    return f"its names ({groups}) are of no ResNet or vision transformer that tells its size"
+    return f"{NO_NAMES} ({groups}) are of no ResNet or vision transformer that tells its size"
 
 
 def has_classifier(state: Mapping[str, Tensor]) -> bool:

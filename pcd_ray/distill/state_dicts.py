@@ -25,6 +25,8 @@ _LOSS = "part of its own loss"
 _BESIDE = {
     "head": CLASSIFIER,
     "classifier": CLASSIFIER,
+    "cls_classifier": CLASSIFIER,
+    "distillation_classifier": CLASSIFIER,
     "fc": CLASSIFIER,
     "decoder": _DECODER,
     "decode_head": _DECODER,
@@ -180,17 +182,27 @@ def unwrapped(tensors: _State, *, known: Callable[[_State], bool], uri: str) -> 
         inner = {k.removeprefix(f"{root}."): o for k, o in origin.items() if _first(k) == root}
         origin = _without_wrappers(inner, uri=uri)
         roots.append(f"{root}.")
-    before = {o.removesuffix(k) for k, o in origin.items() if o != k and o.endswith(k)}
-    inside = {m[0] for k, o in origin.items() if not o.endswith(k) for m in _COMPILED.finditer(o)}
-    prefix = max(before, key=len, default="")
+    removed = {part for key, original in origin.items() for part in _removed(original, key)}
     return Unwrapped(
         state,
-        prefix=prefix,
-        removed=tuple(sorted(before | inside)),
+        prefix=max((o.removesuffix(k) for k, o in origin.items() if o.endswith(k)), key=len),
+        removed=tuple(sorted(removed)),
         parallel=parallel,
         root=roots[-1] if roots else "",
         unused=_reasons(left),
     )
+
+
+def _removed(original: str, key: str) -> list[str]:
+    """Return the parts of a key that are gone, those that followed one another in one piece."""
+    kept, pieces = key.split("."), [""]
+    for part in reversed(original.split(".")):
+        if kept and part == kept[-1]:
+            kept.pop()
+            pieces.append("")
+        else:
+            pieces[-1] = f"{part}.{pieces[-1]}"
+    return [piece for piece in reversed(pieces) if piece]
 
 
 def _without_wrappers(origin: Mapping[str, str], *, uri: str) -> dict[str, str]:
