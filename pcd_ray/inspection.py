@@ -111,12 +111,13 @@ def _weights(uri: str) -> InspectResult:
     head = list(parts.head) if parts.head is not None else []
     network = parts.network
     if isinstance(network, str):
-        network = f"not known: {network}; set teacher.arch"
+        network = f"not known: {parts.foreign or f'{network}; set teacher.arch'}"
     return InspectResult(
         "weights",
         {
             "method": "not said: a bare backbone" if parts.layout == "timm" else parts.layout,
             "network": f"{network}, up to stage {parts.tap}" if parts.tap else str(network),
+            "conversions": list(parts.notes) or "none",
             "tensors": len(file.tensors),
             "parameters": sum(value.numel() for value in parts.backbone.values()),
             "head": layer_names(head) or f"none: {headless_words(parts)}",

@@ -5,16 +5,17 @@ Weights keep timm's own names, so that an exported student loads strictly into t
 Shapes: B images of S x S pixels, C channels, H x W positions.
 """
 
+import contextlib
 import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pcd_ray.distill.tokens import attention_pool, has_own_vector, patches_of, recentred_map
 from pcd_ray.errors import ConfigError
@@ -211,6 +212,32 @@ def build_whole(
     return WholeNetwork(backbone, state, pooling if isinstance(pooling, str) else "")
 
 
+class UninitializedParameters(TorchFunctionMode):
+    """Networks built within have parameters of no values, which take no memory until set."""
+
+    _FILLS = ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "div_", "clamp_")
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Skip whatever would write to a parameter, through its ``data`` too."""
+        del types
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        fills = func.__name__ in self._FILLS or func == _DATA
+        initializes = getattr(func, "__module__", "") == nn.init.__name__
+        if isinstance(target, nn.Parameter) and (fills or initializes):
+            return target
+        return func(*args, **kwargs)
+
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 def _cut_body(name: str, kwargs: dict[str, Any], *, pretrained: bool = False) -> Any:
     """Return a timm model without classifier and pooling."""
     return _create(name, kwargs, pretrained=pretrained, num_classes=0, global_pool="")
@@ -237,7 +264,7 @@ def _create(name: str, kwargs: dict[str, Any], *, pretrained: bool, **ours: Any)
         ) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
     """Keep the hub's word of each retry from hiding what we say in the end."""
     hub = logging.getLogger("huggingface_hub")

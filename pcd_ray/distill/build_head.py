@@ -98,6 +98,8 @@ def fitted_by(config: Config, loaded: LoadedTeacher) -> str:
     """Return all that a fitted head follows from besides the images."""
     return json.dumps(
         {
+            "network": loaded.backbone.name,
+            "kwargs": loaded.backbone.kwargs,
             "backbone_sha256": tensors_sha256(loaded.backbone),
             "recentred": loaded.backbone.recentred,
             "mean": (loaded.backbone.mean.flatten() / 255).tolist(),

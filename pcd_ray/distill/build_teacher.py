@@ -8,15 +8,26 @@ from torch import nn
 
 from pcd_ray import storage
 from pcd_ray.config import Config, TeacherConfig
-from pcd_ray.distill.backbones import Backbone, WholeNetwork, build_whole, is_known
+from pcd_ray.distill.backbones import (
+    Backbone,
+    UninitializedParameters,
+    WholeNetwork,
+    build_whole,
+    is_known,
+)
+from pcd_ray.distill.conversions import EFFICIENTNET_NAMES
 from pcd_ray.distill.heads import MlpShape
-from pcd_ray.distill.networks import HEADS_UNKNOWN, Network
+from pcd_ray.distill.networks import HEADS_UNKNOWN, NO_NAMES, Network
 from pcd_ray.distill.teacher import TeacherIdentity
 from pcd_ray.distill.teacher_parts import OTHER_HEADS, TeacherParts, headless_words, take_apart
 from pcd_ray.distill.timm_heads import classifier_of, clip_projection, own_head
 from pcd_ray.distill.tokens import has_own_vector
 from pcd_ray.distill.weights import load_backbone, read_weights
 from pcd_ray.errors import ConfigError, PcdError, WeightsError
+
+_BARE = ("timm", EFFICIENTNET_NAMES)
+"""Layouts of a backbone alone."""
+_IF_TIMMS = ", where these are the names of a timm network"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,8 @@ class LoadedTeacher:
     """Its section of the configuration."""
     headless: str = ""
     """Which file holds the head that its own does not, where a fitted one stands in unasked."""
+    notes: tuple[str, ...] = ()
+    """What was opened, stripped and renamed before its weights could be read."""
 
 
 def load_teachers(config: Config) -> list[LoadedTeacher]:
@@ -79,7 +92,8 @@ def load_teacher(teacher: TeacherConfig, *, name: str = "teacher") -> LoadedTeac
     predictor = parts.predictor if parts else None
     unasked = teacher.head == "auto" and head_kind != "published" and parts is not None
     headless = headless_words(parts) if parts and unasked else ""
-    return LoadedTeacher(backbone, head, predictor, identity, teacher, name, headless)
+    notes = parts.notes if parts else ()
+    return LoadedTeacher(backbone, head, predictor, identity, teacher, name, headless, notes)
 
 
 @contextlib.contextmanager
@@ -102,18 +116,26 @@ def _load_file(teacher: TeacherConfig) -> tuple[WholeNetwork, TeacherParts]:
             f"{parts.network} alone (student.output_stride); give another file"
         )
     known = _network(teacher, parts)
-    if parts.layout == "timm" and known != parts.network:
+    if parts.layout in _BARE and known != parts.network:
         parts = replace(parts, mean=None, std=None)  # what was guessed is of another network
 
     def loaded(*, pooled: bool) -> WholeNetwork:
-        network = build_whole(
-            known.timm_name,
-            pooled=pooled,
-            kwargs=known.kwargs | teacher.kwargs,
-            mean=teacher.mean or parts.mean,
-            std=teacher.std or parts.std,
-        )
-        load_backbone(network.backbone, parts.backbone, uri=teacher.weights)
+        with UninitializedParameters():
+            network = build_whole(
+                known.timm_name,
+                pooled=pooled,
+                kwargs=known.kwargs | teacher.kwargs,
+                mean=teacher.mean or parts.mean,
+                std=teacher.std or parts.std,
+            )
+        state = parts.backbone
+        if all(key.startswith(parts.root) for key in network.backbone.body.state_dict()):
+            state = {f"{parts.root}{key}": value for key, value in state.items()}
+        try:
+            load_backbone(network.backbone, state, uri=teacher.weights, assign=True)
+        except WeightsError as error:
+            also = f"; the file {parts.foreign}" if parts.foreign else ""
+            raise WeightsError(f"{error}{also}") from error
         return network
 
     try:
@@ -145,20 +167,22 @@ def _network(teacher: TeacherConfig, parts: TeacherParts) -> Network:
             "'teacher.kwargs={num_heads: 12}', or 6"
         )
     if not teacher.arch:
+        if parts.foreign:
+            raise WeightsError(f"{teacher.weights} {parts.foreign}")
         if isinstance(found, str):
-            released = parts.layout not in ("timm", "pcd_ray")
+            released = parts.layout not in (*_BARE, "pcd_ray")
             kind = f" ({parts.layout})" if released else ""
             whole = "give the file as published, or " if released else ""
             raise WeightsError(
                 f"{teacher.weights}{kind} does not say its network: {found}; {whole}set "
-                "teacher.arch to the timm name"
+                f"teacher.arch to the timm name{_IF_TIMMS if found.startswith(NO_NAMES) else ''}"
             )
         return found
     given = Network(teacher.arch)
     if isinstance(found, str):
         return given
     if _untagged(found.timm_name) == _untagged(teacher.arch):  # a tag says whose weights they are
-        return replace(found, timm_name=teacher.arch) if parts.layout == "timm" else found
+        return replace(found, timm_name=teacher.arch) if parts.layout in _BARE else found
     if parts.layout == "timm" or not is_known(teacher.arch):
         return given  # bare names fit relatives too: loading tells whether they fit this one
     kind = "" if parts.layout == "pcd_ray" else f" ({parts.layout})"

@@ -1,19 +1,19 @@
 """Which network a state dict belongs to, told by its names and shapes alone.
 
 Known are torchvision's ResNets (timm's have the same names) and plain vision transformers under
-timm's names, which MoCo v3, DINO and DINOv2 use too, and timm's DINOv3; mmpretrain's are renamed
-first.
+timm's names, which MoCo v3, DINO and DINOv2 use too, and timm's DINOv3; other libraries' names are
+converted first (see `conversions`).
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from pcd_ray.distill.weights import listed
+from pcd_ray.distill.state_dicts import listed
 
 _RESNETS = {  # bottleneck blocks or not, blocks per stage
     (False, (2, 2, 2, 2)): "resnet18",
@@ -34,6 +34,7 @@ _VIT_SIZES = {  # width, depth
     (768, 12): "base",
     (1024, 24): "large",
     (1280, 32): "huge",
+    (1536, 40): "giant",
 }
 _VIT_PATCHES_PX = {  # those that timm has under the plain names
     "tiny": (16,),
@@ -41,6 +42,7 @@ _VIT_PATCHES_PX = {  # those that timm has under the plain names
     "base": (8, 16, 32),
     "large": (14, 16, 32),
     "huge": (14,),
+    "giant": (),
 }
 _DINOV2_PATCH_PX = 14
 _DINOV2_REGISTERS = 4
@@ -59,16 +61,25 @@ _VIT_KEY = re.compile(
     r"|blocks\.(\d+)\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
     r"|norm\.(weight|bias)|head\.(weight|bias))"
 )
-_MMPRETRAIN_VIT = (  # its name, timm's
-    (r"^patch_embed\.projection\.", "patch_embed.proj."),
-    (r"^ln1\.", "norm."),
-    (r"^layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-    (r"^layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
-    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
-)
-
-
+_EFFICIENTNETS = {  # blocks, width of the last one, squeeze-and-excitation or not
+    (16, 320, True): "b0",
+    (23, 320, True): "b1",
+    (23, 352, True): "b2",
+    (26, 384, True): "b3",
+    (32, 448, True): "b4",
+    (39, 512, True): "b5",
+    (45, 576, True): "b6",
+    (55, 640, True): "b7",
+    (61, 704, True): "b8",
+    (88, 1376, True): "l2",
+    (16, 320, False): "lite0",
+    (21, 320, False): "lite1",
+    (21, 352, False): "lite2",
+    (24, 384, False): "lite3",
+    (30, 448, False): "lite4",
+}
+NO_NAMES = "its names"
+"""How the reason begins where names tell no network."""
 HEADS_UNKNOWN = (
     "a small vision transformer with fixed positions, of which no shape tells whether it has 6 "
     "attention heads or, as MoCo v3's, 12"
@@ -104,27 +115,29 @@ def network_of(state: Mapping[str, Tensor], *, mocov3: bool = False) -> Network 
     if "reg_token" in state and ndims.get("blocks.0.gamma_1") == 1 and "pos_embed" not in state:
         return _dinov3(state)
     groups = listed(sorted({key.partition(".")[0] for key in state}))
-    return f"its names ({groups}) are of no ResNet or vision transformer that tells its size"
-
-
-def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a backbone's weights under timm's names, wherever mmpretrain names them otherwise."""
-    if "patch_embed.projection.weight" not in state:
-        return dict(state)
-    return {_renamed(key): value for key, value in state.items()}
+    return f"{NO_NAMES} ({groups}) are of no ResNet or vision transformer that tells its size"
 
 
 def has_classifier(state: Mapping[str, Tensor]) -> bool:
     """Say whether bare weights end in a classifier of a ResNet or vision transformer."""
-    return any(key in state and state[key].ndim == 2 for key in ("fc.weight", "head.weight"))
+    names = ("fc.weight", "head.weight", "classifier.weight")
+    return any(key in state and state[key].ndim == 2 for key in names)
 
 
-def _renamed(key: str) -> str:
-    for pattern, name in _MMPRETRAIN_VIT:
-        key, count = re.subn(pattern, name, key)
-        if count:
-            return key
-    return key
+def efficientnet_of(widths: Sequence[int], *, gated: bool) -> Network | str:
+    """Return the EfficientNet with TensorFlow's padding and BatchNorm epsilon.
+
+    Args:
+        widths: output channels of its blocks.
+        gated: whether blocks have squeeze-and-excitation, which Lite ones have not.
+    """
+    size = _EFFICIENTNETS.get((len(widths), widths[-1], gated))
+    if size is None:
+        return (
+            f"an EfficientNet of {len(widths)} blocks, the last of {widths[-1]} channels, which is "
+            "none of B0 to B8, L2 and Lite0 to Lite4"
+        )
+    return Network(f"tf_efficientnet_{size}")
 
 
 def _resnet(state: Mapping[str, Tensor]) -> Network | str:
@@ -200,5 +213,5 @@ def _vit_name(size: str, patch_px: int, registers: int, *, dinov2: bool) -> str 
         return f"vit_{size}_patch{patch_px}_224" if plain else None
     if patch_px != _DINOV2_PATCH_PX or registers not in (0, _DINOV2_REGISTERS):
         return None
-    known = size in ("small", "base", "large")
+    known = size in ("small", "base", "large", "giant")
     return f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2" if known else None

@@ -184,12 +184,6 @@ LAYOUTS = (
         head=("projection_head.",),
         unused={"prototypes.": _PROTOTYPES},
     ),
-    Layout(
-        name="a backbone behind a prefix",
-        told_by=("backbone.",),
-        backbone="backbone.",
-        unused={"head.": CLASSIFIER, "classifier.": CLASSIFIER},
-    ),
 )
 """Read from top to bottom: the first that fits is taken."""
 

@@ -8,10 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pcd_ray.distill.conversions import (
+    EFFICIENTNET_NAMES,
+    POOLER,
+    Converted,
+    convert,
+    foreign_names,
+    naming_of,
+)
 from pcd_ray.distill.heads import MlpShape, head_from_state, shape_of
-from pcd_ray.distill.networks import Network, has_classifier, network_of, timm_names
+from pcd_ray.distill.networks import HEADS_UNKNOWN, Network, has_classifier, network_of
 from pcd_ray.distill.releases import CLASSIFIER, Layout, layout_of
-from pcd_ray.distill.weights import METADATA_KEY, WeightsFile, check_finite, listed
+from pcd_ray.distill.state_dicts import Unwrapped, listed, unwrapped
+from pcd_ray.distill.weights import METADATA_KEY, WeightsFile, check_finite
 from pcd_ray.errors import WeightsError, naming
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,7 +34,6 @@ _MASKING = {
 _NORMALISED_TWO_WAYS = re.compile(r"vit_(tiny|small|base)_patch16_224( \(.*\))?")
 OTHER_HEADS = "use teacher.head=pca, contrastive or none"
 """What to do about a file whose like has no head anywhere."""
-_PARALLEL = "module."  # DistributedDataParallel puts it before every name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,12 @@ class TeacherParts:
     """Input normalisation in [0, 1]; None: what timm says of the network."""
     tap: str = ""
     """Last stage that a student was trained up to; empty: it has all its stages."""
+    notes: tuple[str, ...] = ()
+    """What was opened, stripped and renamed before the weights could be read."""
+    foreign: str = ""
+    """Whose names the weights have, where they are not converted, and what to take instead."""
+    root: str = ""
+    """The last prefix that was removed because all keys had it."""
 
 
 def take_apart(file: WeightsFile) -> TeacherParts:
@@ -61,35 +75,44 @@ def take_apart(file: WeightsFile) -> TeacherParts:
     """
     if METADATA_KEY in file.metadata:
         return _take_own_apart(file)
-    wrapped = any(key.startswith(_PARALLEL) for key in file.tensors)
-    prefix = _PARALLEL if wrapped else ""
-    tensors = {key.removeprefix(prefix): value for key, value in file.tensors.items()}
-    if len(tensors) < len(file.tensors):
-        twice = [key for key in file.tensors if f"{prefix}{key}" in file.tensors]
-        raise WeightsError(
-            f"{file.uri} holds {len(twice)} keys with and without {_PARALLEL}: {listed(twice)}; "
-            "give the file as published"
-        )
-    layout = layout_of(tensors, parallel=wrapped)
-    beside = dict.fromkeys(file.beside, "stands beside the weights")
+    plain = unwrapped(file.tensors, known=_is_known, uri=file.uri)
+    layout = layout_of(plain.tensors, parallel=plain.parallel)
+    beside = plain.unused | dict.fromkeys(file.beside, "stands beside the weights")
     if layout is None:
-        return _bare(file, tensors, beside)
-    groups = _grouped(layout, tensors, uri=file.uri)
+        return _bare(file, plain, beside)
+    groups = _grouped(layout, plain.tensors, uri=file.uri)
     head = _head(layout, groups, uri=file.uri)
-    backbone = timm_names(groups[layout.backbone])
+    backbone = convert(groups[layout.backbone], mocov3=layout.mocov3_vit)
     unused = dict(layout.unused)
     if layout.predictor:
         unused[layout.predictor] = "only its shape is used: the student mirrors it"
+    dropped = {f"{plain.prefix}{layout.backbone}{k}": why for k, why in backbone.dropped.items()}
     return TeacherParts(
         layout=layout.name,
-        network=network_of(backbone, mocov3=layout.mocov3_vit),
-        backbone=backbone,
+        network=backbone.network,
+        backbone=backbone.tensors,
         head=head,
         predictor=_predictor(layout, groups, head, uri=file.uri),
-        unused={f"{prefix}{g}": unused[g] for g in groups if g in unused} | beside,
+        unused={f"{plain.prefix}{g}": unused[g] for g in groups if g in unused} | dropped | beside,
         licence=layout.licence,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        notes=_notes(file, plain, backbone),
+    )
+
+
+def _is_known(state: Mapping[str, Tensor]) -> bool:
+    """Whether keys are, as they stand, those of a network that can be named."""
+    network = network_of(state)
+    return not isinstance(network, str) or network == HEADS_UNKNOWN or naming_of(state) is not None
+
+
+def _notes(file: WeightsFile, plain: Unwrapped, backbone: Converted) -> tuple[str, ...]:
+    """Say what was opened, stripped and renamed before the weights could be read."""
+    return (
+        *([f"opened its entry {file.entry}"] if file.entry else []),
+        *(f"removed {prefix} from its keys" for prefix in plain.removed),
+        *([f"converted from {backbone.naming} names to timm's"] if backbone.naming else []),
     )
 
 
@@ -184,36 +207,39 @@ def _mlp(layout: Layout, state: Mapping[str, Tensor], *, uri: str) -> nn.Sequent
         )
 
 
-def _bare(file: WeightsFile, tensors: dict[str, Tensor], beside: dict[str, str]) -> TeacherParts:
-    """Return a backbone under timm's names, or a student that we exported."""
-    said = file.metadata
-    if str(said.get("made_by", "")).startswith("pcd_ray"):  # others write entries of other forms
+def _bare(file: WeightsFile, plain: Unwrapped, beside: dict[str, str]) -> TeacherParts:
+    """Return a backbone alone, under timm's or another library's names, or an exported student."""
+    if str(file.metadata.get("made_by", "")).startswith("pcd_ray"):  # others have entries alike
         return _exported(file)
-    unused = beside | {
-        p: why for p, why in _MASKING.items() if any(k.startswith(p) for k in tensors)
-    }
-    tensors = {key: value for key, value in tensors.items() if not key.startswith((*_MASKING,))}
-    network = network_of(tensors)
+    masking = {p: why for p, why in _MASKING.items() if any(k.startswith(p) for k in plain.tensors)}
+    kept = {key: value for key, value in plain.tensors.items() if not key.startswith((*masking,))}
+    found = convert(kept)
+    network, tensors = found.network, found.tensors
+    unused = beside | masking | {f"{plain.prefix}{k}": why for k, why in found.dropped.items()}
     if isinstance(network, Network):  # of others it may be a projection
-        unused |= {f"{name}.": CLASSIFIER for name in ("fc", "head") if f"{name}.weight" in tensors}
-    if _NORMALISED_TWO_WAYS.fullmatch(str(network)) and has_classifier(tensors):
+        names = ("fc", "head", "classifier")
+        unused |= {f"{name}.": CLASSIFIER for name in names if f"{name}.weight" in tensors}
+    supervised = has_classifier(tensors) or bool({CLASSIFIER, POOLER} & {*unused.values()})
+    imagenet = found.naming == "torchvision"
+    if supervised and not imagenet and _NORMALISED_TWO_WAYS.fullmatch(str(network)):
         network = (
             "a vision transformer with a classifier, whose input statistics its names and shapes "
             "do not tell: vit_* (AugReg's) takes mean and std 0.5, deit_* ImageNet's"
         )
     # self-supervised vision transformers take ImageNet's statistics, timm's supervised ones others
-    imagenet = (
-        isinstance(network, Network)
-        and network.timm_name.startswith("vit")
-        and not has_classifier(tensors)
-    )
+    vit = isinstance(network, Network) and network.timm_name.startswith("vit")
+    imagenet = imagenet or (vit and not supervised)
+    own = found.naming == EFFICIENTNET_NAMES
     return TeacherParts(
-        layout="timm",
+        layout=found.naming if own else "timm",
         network=network,
         backbone=tensors,
         unused=unused,
         mean=IMAGENET_MEAN if imagenet else None,
         std=IMAGENET_STD if imagenet else None,
+        notes=_notes(file, plain, found),
+        foreign="" if found.naming or isinstance(network, Network) else foreign_names(tensors),
+        root=plain.root,
     )
 
 

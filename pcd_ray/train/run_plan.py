@@ -152,6 +152,8 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         f"projection head" + (f": {loaded.headless}" if loaded.headless != OTHER_HEADS else "")
         for loaded, _ in teachers
         if loaded.headless
+    } | {
+        f"{loaded.name}.weights": "; ".join(loaded.notes) for loaded, _ in teachers if loaded.notes
     }
     return _plan_of(
         config,
