@@ -18,6 +18,9 @@ from pcd_ray.distill.tokens import has_own_vector
 from pcd_ray.distill.weights import load_backbone, read_weights
 from pcd_ray.errors import ConfigError, PcdError, WeightsError
 
+UNKNOWN_LICENSE = "unknown"
+"""Of weights that neither say their license nor are given one."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedTeacher:
@@ -73,7 +76,7 @@ def load_teacher(teacher: TeacherConfig, *, name: str = "teacher") -> LoadedTeac
     identity = TeacherIdentity(
         arch=backbone.name,
         source=storage.name_of(teacher.weights) if teacher.weights else f"timm {backbone.name}",
-        licence=teacher.licence or licence or "unknown",
+        licence=teacher.licence or licence or UNKNOWN_LICENSE,
         head=head_kind,
     )
     predictor = parts.predictor if parts else None

@@ -82,7 +82,7 @@ def planned(
     """The plan of 12 steps of one image each."""
     config = tiny_config(
         run={"root": str(folder), "name": "new"},
-        teacher={"weights": str(folder / "teacher.safetensors")},
+        teacher={"weights": str(folder / "teacher.safetensors"), "licence": "MIT"},
         train={"global_batch_size": 1, "epochs": 4} | (train or {}),
         **sections,
     )
@@ -109,6 +109,7 @@ def test_a_plan_says_what_is_true_of_its_kind_of_loss(
     assert plan.notes == {}
     second = {"arch": "test_resnet", "head": "none", "weight": 0.5}
     second["weights"] = str(folder / "teacher.safetensors")
+    second["licence"] = "MIT"
     two = planned(folder, loss=loss, teacher_2=second)
     assert two.chance_loss == pytest.approx(1.5 * chance, abs=5e-4)
 
@@ -188,6 +189,16 @@ def test_a_pass_never_holds_more_images_than_with_the_most_workers(
 def test_passes_of_one_image_stay_filled_where_the_batch_does_not_split() -> None:
     train = TrainConfig(global_batch_size=4, num_workers=(1, 4))
     assert [passes_of(train, workers) for workers in (1, 2, 3, 4)] == [4, 2, 1, 1]
+
+
+def test_a_license_that_is_unknown_is_noted_for_each_teacher(folder: Path) -> None:
+    weights = str(folder / "teacher.safetensors")
+    second = {"arch": "test_resnet", "weights": weights, "head": "none"}
+    plan = planned(folder, loss={"queue_size": 12}, teacher_2=second)
+    (note,) = plan.notes.items()
+    assert note[0] == "teacher_2.licence"
+    assert note[1].startswith("the weights of teacher.safetensors do not say their license")
+    assert note[1].endswith("give teacher_2.licence=...")
 
 
 def test_a_queue_that_the_run_cannot_fill_is_noted(folder: Path) -> None:
