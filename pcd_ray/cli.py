@@ -7,6 +7,8 @@ Nothing heavy is imported before a verb needs it, so that ``--help`` is instant.
 
 import argparse
 import contextlib
+import difflib
+import importlib.resources
 import json
 import os
 import signal
@@ -14,22 +16,34 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from pcd_ray import __version__
 from pcd_ray.errors import ConfigError, PcdError
 
-# beside the package in a checkout, which is how it is installed, and in a job's working folder
-_DEMO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "demo.yaml")
 _FORM = "pcd-ray {verb} {target} [dotted.key=value ...] [--json]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
+    try:
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            print(end="", flush=True)  # also after --help, which leaves by SystemExit
+    except BrokenPipeError:  # the reader has left, as `head` does
+        for stream in (1, 2):  # Python flushes both when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return 128 + signal.SIGPIPE
+
+
+def _main(words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in ray_cluster.PASSIVE_THREADS
-    given = sys.argv[1:] if argv is None else argv
-    # flags may stand anywhere among the overrides: argparse wants them in one place
-    options = _parser().parse_args(sorted(_joined(given), key=lambda word: word.startswith("--")))
+    try:
+        options = _parsed(_joined(words))
+    except PcdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     outcome = _run(options)
     if options.result:
         outcome = _kept(outcome, options.result)
@@ -41,6 +55,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_table(outcome["summary"])
     code: int = outcome["exit_code"]
     return code
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Return the verb, its words and flags.
+
+    Raises:
+        PcdError: a verb or a flag is unknown.
+    """
+    # flags may stand anywhere among the overrides: argparse wants them in one place
+    words = sorted(words, key=lambda word: word.startswith("--"))
+    verbs = [name for name, *_ in _VERBS]
+    verb = next((word for word in words if not word.startswith("-")), "")
+    if verb and verb not in verbs:
+        raise PcdError(f"{verb!r} is not a verb{_nearest(verb, verbs)}")
+    options, unknown = _parser().parse_known_args(words)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        known = [f"--{name.replace('_', '-')}" for name in vars(options)]
+        flags = [each for each in known if each not in ("--words", "--run")]
+        raise PcdError(f"pcd-ray {verb} has no flag {flag}{_nearest(flag, flags)}")
+    return options
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as all other errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PcdError(f"{message}; see {self.prog} --help")
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,7 +145,7 @@ def run_job(verb: str, argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pcd-ray",
         description="Pixel-Wise Contrastive Distillation on Ray. Options are listed, with their "
         "meaning, in pcd_ray/config/; any of them can be given as dotted.key=value.",
@@ -111,6 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         verb.add_argument("--traceback", action="store_true", help="show where an error arose")
         verb.add_argument("--result", metavar="FILE", help="write exit code, error, summary there")
+        if name == "demo":
+            verb.add_argument(
+                "--quick", action="store_true", help="a minute: all parts run, scores mean little"
+            )
         if name == "train":
             verb.add_argument(
                 "--dry-run", action="store_true", help="check everything, print the plan, stop"
@@ -135,11 +186,14 @@ def _form(verb: str, target: str) -> str:
 
 
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
-    from pcd_ray.ray_demo import demo
+    from pcd_ray.config import is_override
+    from pcd_ray.ray_demo import QUICK, DemoSize, demo
 
-    named = bool(options.words) and "=" not in options.words[0]
-    words = options.words if named else [_DEMO, *options.words]
-    summary: dict[str, Any] = demo(_config(words)).summary()
+    words, size = options.words, QUICK if options.quick else DemoSize()
+    if not words or is_override(words[0]):
+        name = ["run.name=demo_quick"] if options.quick else []
+        words = [str(importlib.resources.files("pcd_ray") / "demo.yaml"), *name, *words]
+    summary: dict[str, Any] = demo(_config(words), size).summary()
     return summary
 
 
@@ -170,11 +224,12 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(options: argparse.Namespace) -> dict[str, Any]:
-    from pcd_ray.config import config_from_file, overridden
+    from pcd_ray.config import config_from_file, is_override, overridden
     from pcd_ray.evaluate.ray_eval import config_for, evaluate
 
     kind, *words = options.words or [""]
-    overrides = [word for word in words if _is_override(word)]
+    # without a section it is a student: a run's folder may be called lr=0.1
+    overrides = [word for word in words if is_override(word) and "." in word.partition("=")[0]]
     if options.fraction is not None:
         if kind != "detect":
             raise ConfigError(
@@ -196,11 +251,6 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _is_override(word: str) -> bool:
-    name, equals, _ = word.partition("=")
-    return bool(equals) and "." in name and name.replace(".", "").replace("_", "").isalnum()
-
-
 def _tune(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.tune.ray_sweep import sweep
 
@@ -216,12 +266,12 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.checkpoint import find_checkpoint
-    from pcd_ray.config import Config, overridden
+    from pcd_ray.config import Config, is_override, overridden
     from pcd_ray.export import export_checkpoint
     from pcd_ray.storage import absolute
 
-    run, *overrides = options.words or [""]
-    _one([run] if run else [], "export RUN")
+    overrides = [word for word in options.words if is_override(word)]
+    run = _one([word for word in options.words if word not in overrides], "export RUN")
     for word in overrides:
         if not word.startswith("export."):
             raise ConfigError(

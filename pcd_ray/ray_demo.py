@@ -28,6 +28,7 @@ from pcd_ray.distill.backbones import build_backbone, map_shape
 from pcd_ray.distill.build import autocast_dtype
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.errors import ConfigError
+from pcd_ray.evaluate.progress import Progress
 from pcd_ray.ray_cluster import check_outlives_job, connect
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
@@ -56,6 +57,12 @@ class DemoSize:
     """Pictures of one object that the teacher learns from."""
     teacher_steps: int = 800
     """Optimiser steps of the teacher."""
+
+
+QUICK = DemoSize(
+    train_scenes=128, test_scenes=64, probe_scenes=(32, 16), pictures=512, teacher_steps=40
+)
+"""All parts of the demo in about a minute; its scores mean little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +106,8 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
     connect()
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    _say(f"drawing and packing {size.train_scenes:,} scenes")
-    write_scenes(
-        folder.file("scenes"),
-        num_train=size.train_scenes,
-        num_test=size.test_scenes,
-        size_px=size.scene_px,
-        seed=config.run.seed,
-        num_segmentation=size.probe_scenes,
-    )
+    _say(f"generating and packing {size.train_scenes:,} scenes")
+    _write_scenes(folder, config.run.seed, size)
     pack(config.data, seed=config.run.seed)
     seconds["scenes_and_pack"] = time.monotonic() - started
     started = time.monotonic()
@@ -124,7 +124,23 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    """Print a line, unless it is empty."""
+    if text:
+        sys.stderr.write(f"{text}\n")
+
+
+def _write_scenes(folder: RunFolder, seed: int, size: DemoSize) -> None:
+    total = size.train_scenes + size.test_scenes + sum(size.probe_scenes)
+    progress = Progress("scenes", "scenes", total)
+    write_scenes(
+        folder.file("scenes"),
+        num_train=size.train_scenes,
+        num_test=size.test_scenes,
+        size_px=size.scene_px,
+        seed=seed,
+        num_segmentation=size.probe_scenes,
+        on_scene=lambda: _say(progress.line(1)),
+    )
 
 
 def _claim(folder: RunFolder, made_from: dict[str, Any]) -> None:
@@ -182,7 +198,9 @@ def _train_teacher(config: Config, size: DemoSize) -> None:
     dtype = autocast_dtype(config)
     optimizer = build_optimizer("adamw", network, weight_decay=0.05)
     schedule = Schedule(_TEACHER_LR, 0.1 * size.teacher_steps, size.teacher_steps, 0.0)
-    for step, (pictures, labels) in enumerate(_picture_batches(config.run.seed, size)):
+    batches = _batches(*_pictures(config.run.seed, size), config.run.seed, size.teacher_steps)
+    progress = Progress("teacher", "steps", size.teacher_steps)
+    for step, (pictures, labels) in enumerate(batches):
         set_learning_rate(optimizer, schedule.learning_rate(step))
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             named = classifier(head(backbone(pictures).mean((2, 3))))
@@ -190,18 +208,30 @@ def _train_teacher(config: Config, size: DemoSize) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if line := progress.line(1):
+            correct_pct = 100 * (named.argmax(1) == labels).float().mean()
+            _say(f"{line}, loss {loss:.2f}, accuracy {correct_pct:.0f}%")
     network.eval()
     save_teacher(config.teacher.weights, backbone, head, activation="relu", licence="Apache-2.0")
 
 
-def _picture_batches(seed: int, size: DemoSize) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B, S, S, 3) uint8 pictures, mirrored at random, and the (B,) objects they show."""
-    seeds = [derive_seed(seed, "picture", number) for number in range(size.pictures)]
-    drawn = [make_picture(own_seed, _PICTURE_PX) for own_seed in seeds]
-    pictures = torch.from_numpy(np.stack([picture.image for picture in drawn]))
-    labels = torch.tensor([picture.label - 1 for picture in drawn])
+def _pictures(seed: int, size: DemoSize) -> tuple[Tensor, Tensor]:
+    """Return (N, S, S, 3) uint8 pictures and the (N,) objects they show."""
+    progress = Progress("teacher", "pictures", size.pictures)
+    made = []
+    for number in range(size.pictures):
+        made.append(make_picture(derive_seed(seed, "picture", number), _PICTURE_PX))
+        _say(progress.line(1))
+    pictures = torch.from_numpy(np.stack([picture.image for picture in made]))
+    return pictures, torch.tensor([picture.label - 1 for picture in made])
+
+
+def _batches(
+    pictures: Tensor, labels: Tensor, seed: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (B, S, S, 3) pictures, mirrored at random, and the (B,) objects they show."""
     random = np.random.default_rng(derive_seed(seed, "teacher order"))
-    for _ in range(size.teacher_steps):
-        chosen = torch.from_numpy(random.integers(0, size.pictures, _TEACHER_BATCH))
+    for _ in range(steps):
+        chosen = torch.from_numpy(random.integers(0, len(pictures), _TEACHER_BATCH))
         mirrored = [axis for axis in (1, 2) if random.random() < 0.5]
         yield pictures[chosen].flip(mirrored), labels[chosen]

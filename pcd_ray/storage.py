@@ -350,12 +350,20 @@ def delete_folder(uri: str) -> None:
     attempted(uri, "deleted", delete)
 
 
-def check_writable(uri: str) -> None:
-    """Write and remove a small file under a folder.
+def check_writable(uri: str, *, in_buckets: bool = True) -> None:
+    """Write and remove a small file in a folder, or on disks in the nearest one above it.
+
+    Args:
+        uri: the folder; it need not exist, and on disks it is not created.
+        in_buckets: also try buckets, where pyarrow leaves the folder's marker object behind.
 
     Raises:
         StorageError: the folder cannot be written to.
     """
+    if is_remote(uri) and not in_buckets:
+        return
+    while not is_remote(uri) and not exists(uri):
+        uri = parent(uri)
     probe = join(uri, f".write_check_{uuid.uuid4().hex}")
     write_bytes(probe, b"pcd_ray")
     delete_file(probe)

@@ -19,7 +19,9 @@ from pcd_ray.config.files import (
     config_from_file,
     config_from_values,
     config_to_values,
+    is_override,
     overridden,
+    parse_yaml,
     to_yaml,
     with_values,
 )
@@ -38,7 +40,6 @@ from pcd_ray.config.teacher import (
 )
 from pcd_ray.config.train import OptimConfig, TrainConfig
 from pcd_ray.config.tune import TuneConfig
-from pcd_ray.config.yaml_text import parse_yaml
 
 __all__ = [
     "MAY_CHANGE_ON_RESUME",
@@ -70,6 +71,7 @@ __all__ = [
     "config_from_file",
     "config_from_values",
     "config_to_values",
+    "is_override",
     "nearest_option",
     "option_names",
     "option_value",

@@ -1,6 +1,9 @@
 """Plain data, YAML files and overrides to a checked Config, and back."""
 
+import dataclasses
 import functools
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +11,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pcd_ray.config.problems import problem
-from pcd_ray.config.schema import Config
-from pcd_ray.config.yaml_text import dump_yaml, parse_yaml
+from pcd_ray.config.schema import Config, takes_text
+from pcd_ray.config.yaml_text import dump_yaml, load_yaml
 from pcd_ray.errors import ConfigError
 from pcd_ray.uris import SecretInUriError, refuse_secrets
 
@@ -55,7 +58,7 @@ def config_from_file(path: str, overrides: Sequence[str] = ()) -> Config:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: is not YAML ({error}); mend the file") from error
+            raise ConfigError(f"{path}: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds {type(values).__name__}; give a mapping of sections")
     for override in overrides:
@@ -90,8 +93,31 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 def config_from_argv(argv: Sequence[str]) -> Config:
     """Return a Config from ``[script, CONFIG.yaml, dotted.key=value, ...]``."""
     words = list(argv[1:])
-    path = words.pop(0) if words and "=" not in words[0] else ""
+    path = words.pop(0) if words and not is_override(words[0]) else ""
     return config_from_file(path, words)
+
+
+def is_override(word: str) -> bool:
+    """Say whether a word is ``dotted.key=value``; a file's or folder's name may hold ``=`` too."""
+    name, equals, _ = word.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
+        return False
+    section, dot, _ = name.partition(".")
+    known = bool(dot) and section in (item.name for item in dataclasses.fields(Config))
+    return known or not (word.endswith((".yaml", ".yml")) or os.path.exists(word))
+
+
+def parse_yaml(text: str, name: str = "") -> Any:
+    """Return what a YAML text says as plain data; options that take text have it as written.
+
+    Args:
+        text: a configuration, or the value of an option.
+        name: the option's dotted name; empty: a configuration.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, nests too deep, or gives a key twice.
+    """
+    return load_yaml(text, name=name, takes_text=takes_text)
 
 
 def to_yaml(config: Config) -> str:
@@ -109,11 +135,21 @@ def _apply(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"{override!r} is no override; write dotted.key=value")
+    _set(values, name, _value(name, text), story=repr(override))
+
+
+def _value(name: str, text: str) -> Any:
+    """Return the value of an override: the text itself where the option takes text, else YAML.
+
+    ``data.sources`` takes one URI, as text, or what stands in brackets: a list, or a mapping.
+    """
+    listed = name == "data.sources" and text.strip()[:1] + text.strip()[-1:] in ("[]", "{}")
+    if text == "" or (takes_text(name) and not listed):
+        return text
     try:
-        value = parse_yaml(text)
+        return parse_yaml(text, name)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML ({error}); quote it") from error
-    _set(values, name, "" if value is None and text == "" else value, story=repr(override))
+        raise ConfigError(f"{name}={text!r}: {error}") from error
 
 
 def _set(values: dict[str, Any], name: str, value: Any, *, story: str) -> None:

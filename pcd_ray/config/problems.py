@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 from pcd_ray.config.schema import option_names
+from pcd_ray.config.yaml_text import in_one_line
 
 
 def problem(item: dict[str, Any]) -> str:
@@ -11,7 +12,9 @@ def problem(item: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     value = item.get("input")
     if item["type"] == "unexpected_keyword_argument":
-        return f"{path}: unknown option{nearest_option(path)}"
+        last = str(item["loc"][-1])
+        nested = _nested(path, last, value) if "." in last else ""
+        return nested or f"{path}: unknown option{nearest_option(path)}"
     if item["type"] == "literal_error":
         allowed = str(item["ctx"]["expected"])
         return f"{path}={value!r} is not one of {allowed}{_nearest(str(value), allowed)}"
@@ -21,11 +24,28 @@ def problem(item: dict[str, Any]) -> str:
         return story.replace("teacher.", "teacher_2.") if second else story
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: missing; give a value"
+    if item["type"] == "dataclass_type" and isinstance(item["loc"][-1], int):
+        return f"{path}={value!r}: write a mapping of its options, {{name: value}}"
     if item["type"] == "dataclass_type":
         return f"{path}={value!r}: is a section; write its options as {path}.option=value"
     if item["type"] == "string_type":
-        return f"{path}={value!r}: is no text; quote it: {path}=\"'{value}'\""
+        return f"{path}={value!r}: is not a string; give one"
     return f"{path}={value!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _nested(path: str, key: str, value: Any) -> str:
+    """Say how a dotted key of a file is written nested; empty: it is no option, written so."""
+    known = {*option_names(), *_section_names()}
+    name = next((name for name in (path, key) if name in known), "")
+    if not name:
+        return ""
+    nested = value
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    return (
+        f"{key}: dotted names are for the command line, a file nests them; write "
+        f"{in_one_line(nested)}"
+    )
 
 
 def nearest_option(path: str) -> str:

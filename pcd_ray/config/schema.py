@@ -1,15 +1,16 @@
 """The sections put together, and the dotted names of their options."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import ConfigDict
 
 from pcd_ray.config.checks import FORBID, require
-from pcd_ray.config.data import AugmentConfig, DataConfig
+from pcd_ray.config.data import AugmentConfig, DataConfig, SourceConfig
 from pcd_ray.config.eval import EvalConfig
 from pcd_ray.config.loss import LossConfig, PairingConfig
 from pcd_ray.config.run import ExportConfig, RunConfig
@@ -110,6 +111,36 @@ def option_value(config: Config, name: str) -> Any:
     for part in name.split("."):
         value = None if value is None else getattr(value, part)
     return value
+
+
+def takes_text(name: str) -> bool:
+    """Say whether what stands at a dotted name is text: an option, or a part of one.
+
+    It is at ``run.name``, at ``train.node_labels.pool``, at ``data.sources`` and each of its items
+    (a URI), and at the choices of a text option in ``tune.space``.
+    """
+    if name.startswith("tune.space."):
+        name = re.sub(r"\.choice\.\d+$", "", name.removeprefix("tune.space."))
+    kind: Any = Config
+    for part in name.split("."):
+        kind = _part(kind, part)
+    return _is_text(kind)
+
+
+def _part(kind: Any, name: str) -> Any:
+    """Return the type of a section's option, a mapping's value or a list's item; None: unknown."""
+    section = _section(kind)
+    if section is not None:
+        return {item.name: item.type for item in dataclasses.fields(section)}.get(name)
+    return {dict: get_args(kind)[-1:], tuple: get_args(kind)}.get(get_origin(kind), (None,))[0]
+
+
+def _is_text(kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(map(_is_text, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return all(isinstance(value, str) for value in get_args(kind))
+    return kind in (str, SourceConfig, tuple[SourceConfig, ...])  # a source may be its URI alone
 
 
 def _section(kind: Any) -> Any:

@@ -54,6 +54,10 @@ class EpochPlan:
         """Return the optimiser steps after which ``epochs`` epochs have been read."""
         return -(-round(epochs * self.images_per_epoch) // global_batch_size)
 
+    def epochs_read(self, step: int, global_batch_size: int, epochs: int) -> float:
+        """Return the epochs read by ``step``, at most ``epochs``: the last step may read on."""
+        return min(step * global_batch_size / self.images_per_epoch, epochs)
+
     def rows(self, start: int, stop: int) -> tuple[Ints, Ints]:
         """Return epoch and index row, (stop - start,) each, of positions [start, stop)."""
         positions = np.arange(start, stop, dtype=np.int64)

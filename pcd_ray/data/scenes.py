@@ -149,7 +149,7 @@ def _painted(
     return Scene(pixels, canvas.mask, 1 + int(counts.argmax()))
 
 
-def write_scenes(
+def write_scenes(  # noqa: PLR0913 - how many of what, and who follows them
     folder: str,
     *,
     num_train: int,
@@ -157,6 +157,7 @@ def write_scenes(
     size_px: int,
     seed: int,
     num_segmentation: tuple[int, int] = (200, 100),
+    on_scene: Callable[[], None] = lambda: None,
 ) -> None:
     """Write scenes where `pack`, kNN and the segmentation probe can read them.
 
@@ -170,6 +171,7 @@ def write_scenes(
         size_px: side of a scene.
         seed: root of all scenes.
         num_segmentation: scenes of the probe's train and val split.
+        on_scene: called after each scene.
     """
     for split, count in (("train", num_train), ("test", num_test)):
         for number in range(count):
@@ -177,6 +179,7 @@ def write_scenes(
             name = CLASSES[scene.label].replace(" ", "_")
             uri = storage.join(folder, split, name, f"{number:05d}.jpg")
             storage.write_bytes(uri, _encoded(scene.image, "JPEG"))
+            on_scene()
     probe = storage.join(folder, "segmentation")
     for split, count in zip(("train", "val"), num_segmentation, strict=True):
         names = [f"{split}_{number:04d}" for number in range(count)]
@@ -185,6 +188,7 @@ def write_scenes(
             image, mask = _encoded(scene.image, "JPEG"), _encoded(scene.mask, "PNG")
             storage.write_bytes(storage.join(probe, "images", f"{name}.jpg"), image)
             storage.write_bytes(storage.join(probe, "masks", f"{name}.png"), mask)
+            on_scene()
         storage.write_text(storage.join(probe, f"{split}.txt"), "\n".join(names) + "\n")
     storage.write_text(storage.join(probe, "classes.txt"), "\n".join(CLASSES) + "\n")
 

@@ -28,6 +28,8 @@ from pcd_ray.errors import ConfigError, PcdError, WeightsError
 _BARE = ("timm", EFFICIENTNET_NAMES)
 """Layouts of a backbone alone."""
 _IF_TIMMS = ", where these are the names of a timm network"
+UNKNOWN_LICENSE = "unknown"
+"""Of weights that neither say their license nor are given one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def load_teacher(teacher: TeacherConfig, *, name: str = "teacher") -> LoadedTeac
     identity = TeacherIdentity(
         arch=backbone.name,
         source=storage.name_of(teacher.weights) if teacher.weights else f"timm {backbone.name}",
-        licence=teacher.licence or licence or "unknown",
+        licence=teacher.licence or licence or UNKNOWN_LICENSE,
         head=head_kind,
     )
     predictor = parts.predictor if parts else None

@@ -114,11 +114,13 @@ def train(
 def dry_run(config: Config) -> RunPlan:
     """Check everything that `train` would and return the plan, without training.
 
+    Nothing is left on storage. Whether a bucket can be written is therefore not tried.
+
     Raises:
         PcdError: what would stop the run.
     """
     config = with_absolute_places(config)
-    return _checked(config, RunFolder.of(config)).plan
+    return _checked(config, RunFolder.of(config), dry=True).plan
 
 
 def with_absolute_places(config: Config) -> Config:
@@ -153,7 +155,7 @@ class _Checked:
     """Optimiser steps of the newest checkpoint; 0: there is none."""
 
 
-def _checked(config: Config, folder: RunFolder) -> _Checked:
+def _checked(config: Config, folder: RunFolder, *, dry: bool = False) -> _Checked:
     """Check data and storage, then the cluster, then the networks: the cheapest first."""
     if not config.data.shards:
         raise errors.ConfigError("data.shards is empty; give the folder that `pcd-ray pack` wrote")
@@ -161,7 +163,7 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     open_knn_images(config)
     open_probe(config)
     check_outlives_job("run.root", config.run.root)
-    storage.check_writable(folder.uri)
+    storage.check_writable(folder.uri, in_buckets=not dry)
     stored = latest_checkpoint(folder)
     guarded = None if config.run.allow_changes else stored
     if guarded is not None:
@@ -174,17 +176,17 @@ def _checked(config: Config, folder: RunFolder) -> _Checked:
     plan = plan_run(config, shards, device=share.device)
     if guarded is not None:
         _refuse_other_teachers(config, plan, guarded)
-    _check_caches_can_be_written(plan)
+    _check_caches_can_be_written(plan, dry=dry)
     if note := note_on_nodes(config, share):
         plan.notes["run.wait_for_nodes_s"] = note
     return _Checked(shards, share, plan, 0 if stored is None else int(stored.about["step"]))
 
 
-def _check_caches_can_be_written(plan: RunPlan) -> None:
+def _check_caches_can_be_written(plan: RunPlan, *, dry: bool) -> None:
     """Refuse a cache that is to be made where nothing can be written; a whole one may be so."""
     for cache in (plan.teacher_cache, (plan.teacher_2 or {}).get("teacher_cache")):
         if cache is not None and cache["state"] != "whole":
-            storage.check_writable(storage.parent(cache["uri"]))
+            storage.check_writable(storage.parent(cache["uri"]), in_buckets=not dry)
 
 
 def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:

@@ -110,7 +110,7 @@ class _Run:
         self._check_teachers()
 
     def _after_step(self, done: StepDone) -> None:
-        epoch = done.step * self.config.train.global_batch_size / self.plan.images_per_epoch
+        epoch = self._epoch(done.step)
         if done.metrics is not None:
             self.events.metrics(done.step, epoch, done.metrics)
             self._notices.pace(done.metrics[names.STEP_S])
@@ -135,13 +135,13 @@ class _Run:
 
     def _after_epoch(self, done: StepDone, epoch: float) -> None:
         assert done.epoch_ended is not None
-        ended = done.epoch_ended + 1
+        ended = min(done.epoch_ended + 1, self.config.train.epochs)  # the last step may read on
         scores = self.scores.of_epoch(self.state.judged, ended)
         if scores:
             self._newest.add(done.step, scores)
             self.events.metrics(done.step, epoch, scores)
         self._checkpoint(done.metrics)
-        verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
+        verdict = self.state.audit.verdict(self.plan, ended - 1)
         if self.worker.rank == 0:
             each = "as planned" if not self.plan.reads_once() else "each once"
             self.events.say(
@@ -284,15 +284,17 @@ class _Run:
         self._reported_step = self.state.step
         self._unsaved_s = 0.0
 
+    def _epoch(self, step: int) -> float:
+        options = self.config.train
+        return self.plan.epochs_read(step, options.global_batch_size, options.epochs)
+
     def _about(self, metrics: dict[str, Any]) -> dict[str, Any]:
         method = self.method
         backbone = method.student.backbone
         return {
             "step": self.state.step,
             "total_steps": self.total_steps,
-            "epoch": self.state.step
-            * self.config.train.global_batch_size
-            / self.plan.images_per_epoch,
+            "epoch": self._epoch(self.state.step),
             **{branch.name: asdict(branch.identity) for branch in method.branches},
             "law_error": max(branch.law_error for branch in method.branches),
             "student": {

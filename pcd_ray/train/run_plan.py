@@ -18,7 +18,12 @@ from pcd_ray.data.shards import Shards, read_image_bytes
 from pcd_ray.distill.backbones import map_shape
 from pcd_ray.distill.build import Method, build_method
 from pcd_ray.distill.build_head import FITTED_HEADS, stand_in_head, stored_head
-from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teachers
+from pcd_ray.distill.build_teacher import (
+    UNKNOWN_LICENSE,
+    LoadedTeacher,
+    blaming,
+    load_teachers,
+)
 from pcd_ray.distill.diagnostics import chance_loss
 from pcd_ray.distill.fitted_head import check_pca_width
 from pcd_ray.distill.step import Branch
@@ -148,6 +153,12 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         for branch in method.branches
     ]
     notes = {
+        f"{loaded.name}.licence": f"the weights of {loaded.identity.source} do not say their "
+        f"license, and checkpoints and exports will say unknown; give {loaded.name}.licence=..."
+        for loaded, _ in teachers
+        if loaded.identity.licence == UNKNOWN_LICENSE
+    }
+    notes |= {
         f"{loaded.name}.head": f"{loaded.identity.head}, since {loaded.options.weights} holds no "
         f"projection head" + (f": {loaded.headless}" if loaded.headless != OTHER_HEADS else "")
         for loaded, _ in teachers

@@ -188,6 +188,8 @@ def _distribution(name: str, rule: Any, own: Any) -> BaseDistribution:
     if len(kinds) != 1 or set(rule) - {*kinds, "step"}:
         raise ConfigError(f"tune.space: {name}: got {rule!r}; {_FORM}")
     kind = kinds[0]
+    if type(own) is int:  # 1e3 is a whole number for the option itself, too
+        rule = {key: _whole(value) for key, value in rule.items()}
     if kind == "choice":
         return _choice(name, rule)
     ends = _ends(name, kind, rule[kind])
@@ -204,6 +206,13 @@ def _distribution(name: str, rule: Any, own: Any) -> BaseDistribution:
     if whole:
         return IntDistribution(int(ends[0]), int(ends[1]), log=kind == "log", step=step or 1)
     return FloatDistribution(float(ends[0]), float(ends[1]), log=kind == "log", step=step)
+
+
+def _whole(value: Any) -> Any:
+    """Return a number, or each of a list, as an int where it is whole."""
+    if isinstance(value, list | tuple):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _ends(name: str, kind: str, given: Any) -> tuple[float, float]:

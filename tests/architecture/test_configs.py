@@ -9,7 +9,8 @@ import yaml
 
 from pcd_ray.config import config_from_file, config_to_values
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "pcd_ray" / "demo.yaml"]
 
 
 def test_there_are_configs() -> None:

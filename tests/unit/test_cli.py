@@ -114,6 +114,7 @@ def test_a_table_has_a_line_for_each_value(images: str, capsys: pytest.CaptureFi
         (["inspect"], "got 0 arguments; the form is: pcd-ray inspect PATH"),
         (["inspect", "a", "b"], "got 2 arguments; the form is: pcd-ray inspect PATH"),
         (["export"], "got 0 arguments; the form is: pcd-ray export RUN"),
+        (["export", "export.path=a"], "got 0 arguments; the form is: pcd-ray export RUN"),
         (["export", "nowhere"], "nowhere holds no complete checkpoint"),
         (["export", "nowhere", "export.pth=a"], "did you mean export.path?"),
         (["export", "nowhere", "student.backbone=a"], "'student.backbone=a' is none of export.*"),
@@ -156,15 +157,85 @@ def test_a_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> 
     assert err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("words", [[], ["trian"], ["train", "--dryrun"], ["pack", "--dry-run"]])
-def test_an_unknown_verb_or_flag_is_refused_with_the_known_ones(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: VERB; see pcd-ray --help"),
+        (["trian"], "'trian' is not a verb; did you mean train?"),
+        (
+            ["--json", "zzz"],
+            "'zzz' is not a verb; there are demo, pack, train, tune, eval, inspect",
+        ),
+        (["train", "--dryrun"], "pcd-ray train has no flag --dryrun; did you mean --dry-run?"),
+        (["train", "--dry_run", "a.yaml"], "did you mean --dry-run?"),
+        (["train", "-dryrun"], "pcd-ray train has no flag -dryrun; did you mean --dry-run?"),
+        (["eval", "knn", "--fracton=0.1"], "has no flag --fracton; did you mean --fraction?"),
+        (["inspect", "--verfy", "x"], "did you mean --verify?"),
+        (["pack", "--resutl", "x"], "did you mean --result?"),
+        (["export", "--josn"], "did you mean --json?"),
+        (["pack", "--dry-run"], "has no flag --dry-run; there are --json, --traceback, --result"),
+        (["eval", "detect", "--fraction", "much"], "argument --fraction: invalid float value: 'mu"),
+        (["train", "--result"], "argument --result: expected one argument; see pcd-ray train"),
+    ],
+)
+def test_an_unknown_verb_or_flag_is_refused_with_the_nearest_or_the_known_ones(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(words)
-    err = capsys.readouterr().err
-    assert "usage: pcd-ray" in err
-    assert "Traceback" not in err
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["inspect"], ["inspect", "--json"]])
+def test_a_reader_that_leaves_ends_a_command_quietly(words: list[str], images: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -0` does, whenever it is scheduled
+    target = [] if words == ["--help"] else [images]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse itself would leave quietly, with 0
+    with open(writer, "w") as closed:
+        found = subprocess.run(
+            [sys.executable, "-m", "pcd_ray", *words, *target],
+            stdout=closed, stderr=subprocess.PIPE, text=True, check=False, timeout=300,
+            env=environment,
+        )  # fmt: skip
+    assert (found.returncode, found.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["tune"], ["pack"], ["demo"], ["eval", "knn", "untrained"]]
+)
+def test_a_file_in_a_folder_with_an_equals_sign_is_the_configuration(
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x=1").mkdir()
+    Path("x=1/a.yaml").write_text("loss: {temprature: 1}")
+    assert main([*words, "x=1/a.yaml"]) == 2
+    assert "did you mean loss.temperature?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lr=0.1", "exp.lr=0.1"])
+def test_a_runs_folder_may_hold_an_equals_sign(
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, _ = store_run(tmp_path, 1, run={"name": name})
+    monkeypatch.chdir(Path(folder.uri).parent)
+    assert main(["export", name, "--json"]) == 0
+    path = json.loads(capsys.readouterr().out)["path"]
+    assert path == folder.file("exported", "test_resnet.safetensors")
+    assert main(["inspect", name]) == 0
+    assert main(["eval", "knn", name]) == 2
+    assert "eval.knn_train" in capsys.readouterr().err
 
 
 def test_export_does_what_the_runs_options_say_unless_it_is_told_otherwise(

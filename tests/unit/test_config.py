@@ -9,13 +9,16 @@ from pcd_ray.config import (
     MAY_CHANGE_ON_RESUME,
     Config,
     EvalConfig,
+    RunConfig,
     changed_options,
     config_from_argv,
     config_from_file,
     config_from_values,
     config_to_values,
+    is_override,
     option_names,
     option_value,
+    parse_yaml,
     to_yaml,
 )
 from pcd_ray.errors import ConfigError
@@ -71,7 +74,7 @@ def test_everything_is_frozen() -> None:
         ("train.num_workers", 1.5, "train.num_workers=1.5: give a whole number, or [least, most]"),
         ("train.num_workers", [1, 2, 3], "train.num_workers=[1, 2, 3]: give a whole number, or"),
         ("train.num_workers", [4, 2], "must be [least, most] with 1 <= least <= most, got (4, 2)"),
-        ("run.name", 2024, "run.name=2024: is no text; quote it: run.name=\"'2024'\""),
+        ("run.name", 2024, "run.name=2024: is not a string; give one"),
         ("run.name", "a/b", "run.name must be a plain name, got 'a/b'"),
         ("loss", 3, "loss=3: is a section; write its options as loss.option=value"),
         ("loss", None, "loss=None: is a section"),
@@ -227,8 +230,28 @@ def test_overrides_win_over_the_file_and_are_yaml(tmp_path: Path) -> None:
         ("- a", [], "holds list; give a mapping of sections"),
         ("", ["loss.temperature"], "'loss.temperature' is no override; write dotted.key=value"),
         ("", ["=3"], "is no override"),
-        ("", ["loss.temperature=[1"], "the value is not YAML"),
+        ("", ["loss.temperature=[1"], "loss.temperature='[1': is not YAML (line 1: expected ','"),
+        ("", ["data.sources=[a, b #2]"], "data.sources='[a, b #2]': is not YAML"),
+        ("", ["student.kwargs={a: 1, a: 2}"], "student.kwargs.a is given twice, in line 1"),
         ("loss: 3", ["loss.temperature=1"], "loss is 3, not a section"),
+        ("data: {sources: [null]}", [], "data.sources.0=None: write a mapping of its options"),
+        (
+            "train: {epochs: 3}\nloss:\ntrain: {keep_last: 1}",
+            [],
+            "is given twice, in lines 1 and 3",
+        ),
+        ("train:\n  epochs: 3\n  'epochs': 4", [], "train.epochs is given twice, in lines 2 and 3"),
+        ("data:\n sources:\n - {uri: a}\n - uri: b\n   uri: c", [], "1.uri is given twice, in"),
+        ("train: {epochs: 3}\ntrain.keep_last: 4", [], "train (line 1) and train.keep_last ("),
+        ("train.epochs: 3\ntrain: {keep_last: 4}", [], "train.epochs (line 1) and train (line 2)"),
+        ("tune: {space: {loss.kind: 1,\n loss: {kind: 2}}}", [], "space.loss.kind is given twice"),
+        ("<<: {run: {name: a}}", [], "uses merge keys (<<), which are not read"),
+        ("optim.base_lr: 0.1", [], "optim.base_lr: dotted names are for the command line"),
+        ("optim.base_lr: 0.1", [], "write optim: {base_lr: 0.1}"),
+        ("teacher: {adaptor.rule: naive}", [], "write teacher: {adaptor: {rule: naive}}"),
+        ("teacher.fit: {dim: 3}", [], "write teacher: {fit: {dim: 3}}"),
+        ("train: {train.epochs: 3}", [], "write train: {epochs: 3}"),
+        ("optim.base_lrr: 0.1", [], "did you mean optim.base_lr?"),
     ],
 )
 def test_a_bad_file_or_override_is_refused_in_words(
@@ -249,6 +272,86 @@ def test_a_byte_order_mark_is_read_and_other_encodings_are_named(tmp_path: Path)
     file.write_text("loss: {temperature: 0.3}", "utf-16")
     with pytest.raises(ConfigError, match=r"a\.yaml: is not UTF-8 text .*; save it as UTF-8"):
         config_from_file(str(file))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("my photos #2", " a: b ", "it's", '"a b"', "null", "~", "yes", "on", "1e3", "007", "a=b"),
+        *("2026-11-25", "12:30", "*.jpg", "- a", "!x", "&a", "%a", "@a", "[2024] a", "{a"),
+    ],
+)
+def test_text_behind_an_equals_sign_is_taken_as_it_is(text: str) -> None:
+    names = ("run.name", "data.sources", "teacher_2.weights")
+    config = config_from_argv(["pcd-ray", *(f"{name}={text}" for name in names)])
+    assert config.run.name == text
+    assert [source.uri for source in config.data.sources] == [text]
+    assert config.teacher_2 is not None
+    assert config.teacher_2.weights == text
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.node_labels.zone=1", {"zone": "1"}),
+        ("train.node_labels={zone: 1, spot: on}", {"zone": "1", "spot": "on"}),
+        ("student.head_norm=off", "off"),
+        ("train.compile=on", True),
+        ("optim.base_lr=3e-2", 0.03),
+        ("student.kwargs.a=-.5E+0", {"a": -0.5}),
+        ("loss.queue_size=1e3", 1000),
+        ("loss.queue_size=1_000", 1000),
+        ("run.seed=010", 10),
+        ("student.output_stride=8", 8),
+        ("student.kwargs={a: 1e-1, b: 010, c: no}", {"a": 0.1, "b": 10, "c": False}),
+        ("student.kwargs.a=1e-1", {"a": 0.1}),
+        ("eval.pixel=[.5, 5e-1]", (0.5, 0.5)),
+        ("teacher.mean=null", None),
+        ("data.sources=[2019, {uri: 007, weight: 2}]", (("2019", 1.0), ("007", 2.0))),
+        ("data.sources={uri: a b, weight: 2}", (("a b", 2.0),)),
+        ("tune.space={optim.base_lr: {log: [3e-2, +1]}}", {"optim.base_lr": {"log": [0.03, 1]}}),
+        ("tune.space={loss.kind: {choice: [1e3, on]}}", {"loss.kind": {"choice": ["1e3", "on"]}}),
+    ],
+)
+def test_the_type_of_an_option_says_how_its_value_is_read_here_and_in_a_file(
+    override: str, value: Any, tmp_path: Path
+) -> None:
+    name, _, text = override.partition("=")
+    option = name.removesuffix(".zone").removesuffix(".a")
+    (tmp_path / "a.yaml").write_text(
+        "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(name.split(".")))[:-1]
+        + f" {text}"
+    )
+    for config in (config_from_file("", [override]), config_from_file(str(tmp_path / "a.yaml"))):
+        found = option_value(config, option)
+        if option == "data.sources":
+            found = tuple((source.uri, source.weight) for source in found)
+        assert found == value
+        assert type(found) is type(value)
+        assert config_from_values(parse_yaml(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["lr=0.1.yaml", "runs/lr=0.1.yaml", "a=1/run.yml", "exp.lr=1.yaml", "exp.lr=1", "train=2.yaml"],
+)
+def test_a_file_whose_path_holds_an_equals_sign_is_a_file(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text("run: {name: found}")
+    assert config_from_argv(["pcd-ray", path, "run.root=a=b"]).run == RunConfig(
+        name="found", root="a=b"
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["teacher.weights=x.yaml", "train.epochs=2", "epochs=2", "trian.epochs=2", "a=b", "a="]
+)
+def test_an_override_is_none(word: str) -> None:
+    assert is_override(word)
+    assert not is_override("nowhere/lr=1.yaml")
 
 
 def test_changes_are_listed_where_they_matter_and_the_seed_does() -> None:

@@ -52,10 +52,10 @@ def test_a_write_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     folder = str(tmp_path / "file" / "run")
-    with pytest.raises(StorageError, match=r"file/run/\S+ cannot be written.*check the path"):
+    with pytest.raises(StorageError, match=r"file/\S+ cannot be written.*check the path"):
         storage.check_writable(folder)
-    storage.check_writable(str(tmp_path / "run"))
-    assert os.listdir(tmp_path / "run") == []
+    storage.check_writable(str(tmp_path / "runs" / "run"))
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_what_is_missing_is_no_error_where_nothing_is_asked_of_it(tmp_path: Path) -> None:

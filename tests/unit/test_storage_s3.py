@@ -54,6 +54,12 @@ def test_all_operations_work_with_an_endpoint_in_the_uri_or_in_the_environment(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.host}")
 
 
+def test_a_bucket_in_which_no_trace_may_stay_is_not_written_to(server: S3Server) -> None:
+    server.client().create_bucket(Bucket="untouched")
+    storage.check_writable(f"s3://untouched/runs/a{server.query}", in_buckets=False)
+    assert "Contents" not in server.client().list_objects_v2(Bucket="untouched")
+
+
 def test_google_uris_are_understood_and_their_client_is_told_not_to_wait_for_long() -> None:
     for account in ("", "anonymous@"):
         uri = f"gs://{account}bucket/a b/c.pt?endpoint_override=127.0.0.1:1&scheme=http"

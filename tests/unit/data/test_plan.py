@@ -100,6 +100,16 @@ def test_total_steps_covers_the_epochs(epochs: float, steps: int) -> None:
     assert EpochPlan(((97, 1.0),), seed=0).total_steps(epochs, 64) == steps
 
 
+@pytest.mark.parametrize(("size", "epochs", "batch"), [(97, 2, 64), (10, 3, 16), (8, 2, 4)])
+def test_the_last_step_ends_the_last_epoch_however_far_it_reads(
+    size: int, epochs: int, batch: int
+) -> None:
+    plan = EpochPlan(((size, 1.0),), seed=0)
+    last = plan.total_steps(epochs, batch)
+    assert plan.epochs_read(last, batch, epochs) == epochs
+    assert plan.epochs_read(last - 1, batch, epochs) == (last - 1) * batch / size < epochs
+
+
 def test_weights_say_how_often_an_image_is_seen() -> None:
     plan = EpochPlan(WEIGHTED, seed=0)
     size = plan.images_per_epoch

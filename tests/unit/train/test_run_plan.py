@@ -82,7 +82,7 @@ def planned(
     """The plan of 12 steps of one image each."""
     config = tiny_config(
         run={"root": str(folder), "name": "new"},
-        teacher={"weights": str(folder / "teacher.safetensors")},
+        teacher={"weights": str(folder / "teacher.safetensors"), "licence": "MIT"},
         train={"global_batch_size": 1, "epochs": 4} | (train or {}),
         **sections,
     )
@@ -109,6 +109,7 @@ def test_a_plan_says_what_is_true_of_its_kind_of_loss(
     assert plan.notes.keys() == (set() if kind == "mse" else {"loss.queue_size"})
     second = {"arch": "test_resnet", "head": "none", "weight": 0.5}
     second["weights"] = str(folder / "teacher.safetensors")
+    second["licence"] = "MIT"
     two = planned(folder, loss=loss, teacher_2=second)
     assert two.chance_loss == pytest.approx(1.5 * chance, abs=5e-4)
 
@@ -218,6 +219,16 @@ def test_a_queue_that_is_too_large_for_the_run_or_its_images_is_noted(
     assert why in note
     assert note.endswith(": use at most 1")
     assert len(note) < 140  # a line of the printed plan holds 160, with larger numbers
+
+
+def test_a_license_that_is_unknown_is_noted_for_each_teacher(folder: Path) -> None:
+    weights = str(folder / "teacher.safetensors")
+    second = {"arch": "test_resnet", "weights": weights, "head": "none"}
+    plan = planned(folder, loss={"queue_size": 1}, teacher_2=second)
+    (note,) = plan.notes.items()
+    assert note[0] == "teacher_2.licence"
+    assert note[1].startswith("the weights of teacher.safetensors do not say their license")
+    assert note[1].endswith("give teacher_2.licence=...")
 
 
 def test_bf16_is_noted_where_a_cpu_computes_it_in_software() -> None:

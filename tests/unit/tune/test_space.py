@@ -7,9 +7,10 @@ import optuna
 import pytest
 from tiny import tiny_config
 
-from pcd_ray.config import Config, option_value
+from pcd_ray.config import Config, option_value, overridden
 from pcd_ray.errors import ConfigError
 from pcd_ray.tune.space import (
+    Space,
     drawn,
     epochs_of,
     in_words,
@@ -55,6 +56,22 @@ def test_options_may_be_written_as_sections() -> None:
     flat = {"loss.temperature": {"log": [0.03, 0.5]}}
     assert open_space(searching(nested)).sha256 == open_space(searching(flat)).sha256
     assert open_space(searching(flat)).sha256 != open_space(searching()).sha256
+
+
+def test_numbers_are_read_as_the_options_themselves_read_them() -> None:
+    def opened(text: str) -> Space:
+        return open_space(overridden(searching(loss={"queue_size": 1000}), [f"tune.space={text}"]))
+
+    written = """{optim.base_lr: {log: [3e-2, 5E-1]}, loss.queue_size: {choice: [1e3, 2_000]},
+    student.head_hidden: {uniform: [1e2, 3e+2], step: 1e2}, student.ema: {uniform: [.0, .5]},
+    train.epochs: {choice: [1e0, +3]}, teacher.licence: {choice: [1e3, MIT, no, 007]}}"""
+    plain = """{optim.base_lr: {log: [0.03, 0.5]}, loss.queue_size: {choice: [1000, 2000]},
+    student.head_hidden: {uniform: [100, 300], step: 100}, student.ema: {uniform: [0.0, 0.5]},
+    train.epochs: {choice: [1, 3]}, teacher.licence: {choice: ["1e3", "MIT", "no", "007"]}}"""
+    found = opened(written)
+    assert found == opened(plain)
+    assert found.most_epochs == 3
+    assert found.own_values(searching(loss={"queue_size": 1000}))["loss.queue_size"] == 1000
 
 
 def test_own_values_are_those_that_a_trial_could_have() -> None:
