@@ -75,7 +75,7 @@ def judge(config: Config, *, share: WorkerShare, say: Callable[[str], None]) -> 
     Raises:
         CheckpointError: the run has no whole checkpoint.
     """
-    step = int(find_checkpoint(RunFolder.of(config).uri).about["step"])
+    step = int(find_checkpoint(RunFolder.of(config).uri, with_state=False).about["step"])
     task = ray.remote(
         num_cpus=share.cpus,
         num_gpus=share.gpus,
