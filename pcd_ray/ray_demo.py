@@ -27,6 +27,7 @@ from pcd_ray.data.scenes import CLASSES, make_picture, write_scenes
 from pcd_ray.distill.backbones import build_backbone, map_shape
 from pcd_ray.distill.build import autocast_dtype
 from pcd_ray.distill.weights import save_teacher
+from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray.errors import ConfigError
 from pcd_ray.ray_cluster import check_outlives_job, connect
 from pcd_ray.seeds import derive_seed
@@ -90,12 +91,17 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
 
     Raises:
         ConfigError: the folder holds a demo of another seed or size; nothing of it was touched.
+        InUseError: another driver works in the folder.
     """
     size = size or DemoSize()
     folder = RunFolder.of(config)
     check_outlives_job("run.root", folder.uri)
-    _claim(folder, {"run.seed": config.run.seed, **asdict(size)})
-    config = _filled_in(config, folder)
+    with driving(FolderMarks(folder.uri, "run.name")):
+        _claim(folder, {"run.seed": config.run.seed, **asdict(size)})
+        return _run(_filled_in(config, folder), size, folder)
+
+
+def _run(config: Config, size: DemoSize, folder: RunFolder) -> DemoResult:
     connect()
     seconds: dict[str, float] = {}
     started = time.monotonic()
