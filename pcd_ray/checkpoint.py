@@ -1,12 +1,13 @@
 """A run on storage: its folder, and checkpoints that are whole or not there.
 
-A checkpoint is a folder ``step_00001234`` with ``state.pt`` (student, its moving average where one
-is kept, optimiser, queues, step, audit: plain tensors and numbers), ``config.yaml`` (all options)
-and, written last, ``checkpoint.json`` (format, step, teachers, hash of the state): a folder without
-one does not count, and one that cannot be read is damaged, for it is written whole.
+A checkpoint is a folder ``step_00001234`` with ``state-<hash>.pt`` (student, its moving average
+where one is kept, optimizer, queues, step, audit: plain tensors and numbers), named by its content,
+and, written last, ``checkpoint.json`` (format, step, teachers, hash of the state, all options): a
+folder without one does not count, and one that cannot be read is damaged, for it is written whole.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -16,20 +17,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import yaml
+import torch.distributed as dist
 from torch import Tensor
 
 from pcd_ray import storage
-from pcd_ray.config import Config, config_from_values, parse_yaml, to_yaml
+from pcd_ray.config import Config, changed_options, config_from_values, config_to_values
 from pcd_ray.errors import CheckpointError, ConfigError
 from pcd_ray.metric_names import SCORES
 
-FORMAT = 2
-"""1 had one head and one queue: written before a student could have two teachers."""
+FORMAT = 3
+"""2 had ``state.pt`` and ``config.yaml``; 1 had one head and one queue."""
 BEST = "best"
 """``RUN/best`` is the checkpoint of a run that scored best."""
 _MARK = "checkpoint.json"
 _MARKED = re.compile(rf"/step_(\d+)/{re.escape(_MARK)}$")
+_STATE = re.compile(r"/step_(\d+)/state-[0-9a-f]{8}\.pt$")
+_BROADCAST_BYTES = 2**26  # at a time: on a GPU they take memory from the training
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -64,17 +67,38 @@ class RunFolder:
         return self.file(f"{teacher}_head.safetensors")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, checked against its hash."""
+    """A complete checkpoint; its state is read when it is asked for."""
 
     uri: str
-    state: dict[str, Any]
     about: dict[str, Any]
     """What ``checkpoint.json`` says: step, epoch, teacher, metrics, versions."""
     config: Config
     passed_over: Mapping[str, str] = field(default_factory=dict)
     """URI of each newer checkpoint of the run that was found damaged -> what is wrong with it."""
+
+    @functools.cached_property
+    def state(self) -> dict[str, Any]:
+        """The state, checked against its hash.
+
+        Raises:
+            DamagedCheckpointError: its file is missing or damaged.
+        """
+        sha256 = self.about["state_sha256"]
+        name = _state_file(sha256)
+        file = storage.join(self.uri, name)
+        if not storage.exists(file):  # storage that fails is another matter, and not passed over
+            raise DamagedCheckpointError(f"{self.uri}: {name} is missing; use an older step")
+        data = storage.read_bytes(file)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedCheckpointError(
+                f"{self.uri}: {name} is damaged (its hash differs); use an older step"
+            )
+        try:
+            return _parse_state(io.BytesIO(data))
+        except Exception as error:  # bytes that are no torch file fail in any way
+            raise DamagedCheckpointError(f"{self.uri}: {name} cannot be read ({error})") from error
 
     @property
     def has_average(self) -> bool:
@@ -129,14 +153,19 @@ def save_checkpoint(
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    storage.write_bytes(storage.join(uri, "state.pt"), data)
-    storage.write_text(storage.join(uri, "config.yaml"), to_yaml(config))
-    content = {**about, "format": FORMAT, "state_sha256": hashlib.sha256(data).hexdigest()}
+    sha256 = hashlib.sha256(data).hexdigest()
+    storage.write_bytes(storage.join(uri, _state_file(sha256)), data)
+    content = {
+        **about,
+        "format": FORMAT,
+        "state_sha256": sha256,
+        "config": config_to_values(config),
+    }
     storage.write_text(storage.join(uri, _MARK), json.dumps(content, indent=2))
 
 
 def load_checkpoint(uri: str) -> Checkpoint:
-    """Read a checkpoint folder and check its hash.
+    """Read what a checkpoint says of itself; its state is read when it is asked for.
 
     Raises:
         CheckpointError: it is no checkpoint, incomplete, damaged, or of another format.
@@ -151,19 +180,78 @@ def load_checkpoint(uri: str) -> Checkpoint:
     if about.get("format") != FORMAT:
         raise CheckpointError(
             f"{uri} has checkpoint format {about.get('format')}, this version reads {FORMAT} "
-            "(since 2 with a head and a queue for each teacher); use the version of pcd_ray that "
+            "(since 3 the state's file is named by its content); use the version of pcd_ray that "
             "wrote it"
         )
-    data = _read(uri, "state.pt")
-    if hashlib.sha256(data).hexdigest() != about.get("state_sha256"):
-        raise DamagedCheckpointError(
-            f"{uri}: state.pt is damaged (its hash differs); use an older step"
-        )
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no torch file fail in any way
-        raise DamagedCheckpointError(f"{uri}: state.pt cannot be read ({error})") from error
-    return Checkpoint(uri, state, about, _config(uri))
+        config = config_from_values(about.pop("config"))
+    except ConfigError as error:  # not damaged: passing it over would lose the run
+        raise CheckpointError(
+            f"{uri}: its options do not suit this version of pcd_ray ({error}); "
+            "use the version that wrote it"
+        ) from error
+    return Checkpoint(uri, about, config)
+
+
+def checkpoint_from_rank_zero(found: Checkpoint | None, device: torch.device) -> Checkpoint | None:
+    """Return rank 0's checkpoint on all ranks, of which the others read no file; a collective.
+
+    Args:
+        found: of rank 0, with its state; None: there is none. Of no account on other ranks.
+        device: what the ranks communicate from.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return found
+    data, is_zero = io.BytesIO(), dist.get_rank() == 0
+    box: list[Any] = [None]
+    if is_zero and found is not None:
+        torch.save(found.state, data)
+        values = config_to_values(found.config)
+        box = [(found.uri, found.about, values, dict(found.passed_over), data.tell())]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is None:
+        return None
+    uri, about, values, passed_over, size = box[0]
+    state = torch.empty(size, dtype=torch.uint8)
+    if is_zero:
+        state = torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
+    for piece in state.split(_BROADCAST_BYTES):
+        sent = piece.to(device)
+        dist.broadcast(sent, src=0)
+        piece.copy_(sent)
+    if is_zero:
+        return found
+    received = Checkpoint(uri, about, config_from_values(values), passed_over)
+    vars(received)["state"] = _parse_state(io.BytesIO(state.numpy().tobytes()))
+    return received
+
+
+def check_same_run(config: Config, stored: Checkpoint, *, data_sha256: str) -> None:
+    """Refuse to continue a run whose settings or data have changed.
+
+    Args:
+        config: of the run now; with ``run.allow_changes`` nothing is refused.
+        stored: its checkpoint.
+        data_sha256: content hash of the packed images now.
+
+    Raises:
+        CheckpointError: names what has changed.
+    """
+    changes = changed_options(stored.config, config)
+    if stored.about["data_sha256"] != data_sha256:
+        changes.append(f"data.shards: the packed images at {config.data.shards} are others")
+    if changes and not config.run.allow_changes:
+        raise changed_run(stored, changes)
+
+
+def changed_run(stored: Checkpoint, changes: Iterable[str]) -> CheckpointError:
+    """Return the error of a run that cannot be continued with these changes."""
+    listed = "\n  ".join(changes)
+    folder = storage.parent(storage.parent(stored.uri))
+    return CheckpointError(
+        f"{folder} holds a run at step {stored.about['step']} with other settings:\n"
+        f"  {listed}\nchoose another run.name, set these back, or set run.allow_changes=true"
+    )
 
 
 def checkpoint_steps(folder: RunFolder) -> list[int]:
@@ -176,8 +264,12 @@ def checkpoint_steps(folder: RunFolder) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run; damaged ones are passed over.
+def latest_checkpoint(folder: RunFolder, *, with_state: bool = True) -> Checkpoint | None:
+    """Return the newest complete checkpoint of a run; damaged ones are passed over.
+
+    Args:
+        folder: the run's.
+        with_state: read the state as well, and pass over checkpoints of which it is damaged.
 
     Raises:
         CheckpointError: it is of another format, or none is whole: passing over what is there
@@ -187,7 +279,10 @@ def latest_checkpoint(folder: RunFolder) -> Checkpoint | None:
     for step in reversed(checkpoint_steps(folder)):
         uri = storage.join(folder.checkpoints, checkpoint_name(step))
         try:
-            return replace(load_checkpoint(uri), passed_over=damaged)
+            found = replace(load_checkpoint(uri), passed_over=damaged)
+            if with_state:
+                _ = found.state
+            return found
         except DamagedCheckpointError as error:
             damaged[uri] = str(error)
     if damaged:
@@ -243,68 +338,83 @@ def prune_checkpoints(
     for uri in damaged:
         if storage.name_of(uri) != checkpoint_name(written):
             storage.delete_folder(uri)
-    steps = [
-        step
+    marks = {
+        step: _about(storage.join(folder.checkpoints, checkpoint_name(step)))
         for step in checkpoint_steps(folder)
-        if step <= written and _about(storage.join(folder.checkpoints, checkpoint_name(step)))
-    ]
+        if step <= written
+    }
+    steps = [step for step, about in marks.items() if about]
     count, score = keep_best
     best = [step for step in best_steps(folder, score) if step <= written] if count else []
     for step in steps[:-keep_last]:
         if step not in best[:count]:
             storage.delete_folder(storage.join(folder.checkpoints, checkpoint_name(step)))
+    _delete_leftovers(folder, marks, written)
 
 
-def find_checkpoint(uri: str) -> Checkpoint:
+def _delete_leftovers(
+    folder: RunFolder, marks: Mapping[int, Mapping[str, Any] | None], written: int
+) -> None:
+    """Delete states of earlier steps that no mark names: their writer died, or wrote them anew."""
+    for file in storage.list_files(folder.checkpoints):
+        path = storage.split_query(file.uri)[0]
+        match = _STATE.search(path)
+        if match is None or int(match[1]) >= written:
+            continue
+        about = marks.get(int(match[1]), {})  # None: damaged, and so left alone
+        if about is not None and path.rpartition("/")[2] != _state_file(
+            about.get("state_sha256", "")
+        ):
+            storage.delete_file(file.uri)
+
+
+def find_checkpoint(uri: str, *, with_state: bool = True) -> Checkpoint:
     """Return a checkpoint by its own folder, the newest one of a run's folder, or ``RUN/best``.
+
+    Args:
+        uri: one of these.
+        with_state: as `latest_checkpoint`.
 
     Raises:
         CheckpointError: none of these.
     """
     if storage.exists(storage.join(uri, _MARK)):
-        return load_checkpoint(uri)
-    if storage.name_of(uri) == BEST and not storage.exists(uri):
-        return _best_checkpoint(RunFolder(storage.parent(storage.absolute(uri))))
-    found = latest_checkpoint(RunFolder(storage.absolute(uri)))
+        found: Checkpoint | None = load_checkpoint(uri)
+    elif storage.name_of(uri) == BEST and not storage.exists(uri):
+        found = _best_checkpoint(RunFolder(storage.parent(storage.absolute(uri))))
+    else:
+        found = latest_checkpoint(RunFolder(storage.absolute(uri)), with_state=with_state)
     if found is None:
         raise CheckpointError(
             f"{uri} holds no complete checkpoint; give a run's folder or one of its step_* folders"
         )
+    if with_state:
+        _ = found.state
     return found
 
 
 def _best_checkpoint(folder: RunFolder) -> Checkpoint:
     """Return the checkpoint that scored best, by the run's own ``train.keep_best_by``."""
-    newest = find_checkpoint(folder.uri)
+    newest = find_checkpoint(folder.uri, with_state=False)
     by = newest.config.train.keep_best_by
     for step in best_steps(folder, SCORES[by]):
         with contextlib.suppress(DamagedCheckpointError):
-            return load_checkpoint(storage.join(folder.checkpoints, checkpoint_name(step)))
+            found = load_checkpoint(storage.join(folder.checkpoints, checkpoint_name(step)))
+            _ = found.state
+            return found
     raise CheckpointError(
         f"{folder.uri} holds no checkpoint with a score of its own (train.keep_best_by={by}); "
         "leave out /best for the newest, or train with train.keep_best"
     )
 
 
-def _config(uri: str) -> Config:
-    try:
-        values = dict(parse_yaml(_read(uri, "config.yaml").decode()))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(f"{uri}: config.yaml is damaged ({error})") from error
-    try:
-        return config_from_values(values)
-    except ConfigError as error:  # not damaged: passing it over would lose the run
-        raise CheckpointError(
-            f"{uri}: config.yaml does not suit this version of pcd_ray ({error}); "
-            "use the version that wrote it"
-        ) from error
+def _state_file(sha256: str) -> str:
+    return f"state-{sha256[:8]}.pt"
 
 
-def _read(uri: str, name: str) -> bytes:
-    file = storage.join(uri, name)
-    if not storage.exists(file):  # a storage that fails is another matter, and is not passed over
-        raise DamagedCheckpointError(f"{uri}: {name} is missing; use an older step")
-    return storage.read_bytes(file)
+def _parse_state(stream: io.BytesIO) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+    return state
 
 
 def _about(uri: str) -> dict[str, Any] | None:
@@ -314,4 +424,7 @@ def _about(uri: str) -> dict[str, Any] | None:
         content = storage.parse_json(storage.read_text(mark)) if storage.exists(mark) else None
     except (ValueError, storage.NotTextError):
         return None
-    return content if isinstance(content, dict) and "format" in content else None
+    if not isinstance(content, dict) or "format" not in content:
+        return None
+    own = isinstance(content.get("config"), dict) and isinstance(content.get("state_sha256"), str)
+    return content if own or content["format"] != FORMAT else None

@@ -1,6 +1,6 @@
 """The errors a user can cause: each message says what, the value and the fix."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -24,6 +24,10 @@ class CheckpointError(PcdError):
     """A run's stored state cannot be used as asked."""
 
 
+class InUseError(PcdError):
+    """Another driver is working in the same place."""
+
+
 class ClusterError(PcdError):
     """Ray cannot give what was asked for."""
 
@@ -34,6 +38,20 @@ class TrainingError(PcdError):
 
 class EvaluationError(PcdError):
     """Some of an evaluation could not be done, or its numbers are not finite; the rest stays."""
+
+
+def to_plain(error: PcdError) -> dict[str, str]:
+    """Return an error as plain data, for another process: its kind and its message."""
+    return {"kind": type(error).__name__, "message": str(error)}
+
+
+def from_plain(values: Mapping[str, str]) -> PcdError:
+    """Return the error that `to_plain` described; of an unknown kind, a bare `PcdError`."""
+    kinds: list[type[PcdError]] = [PcdError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    by_name = {kind.__name__: kind for kind in kinds}
+    return by_name.get(values["kind"], PcdError)(values["message"])
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class Progress:
     clock: Callable[[], float] = time.monotonic
     """Seconds from any beginning."""
     done: int = field(default=0, init=False)
+    note: str = field(default="", init=False)
+    """What else the line says, e.g. the newest loss."""
     _began_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -49,7 +51,8 @@ class Progress:
             return f"{count}, {took:.0f} s so far"
         left = (self.total - self.done) * took / self.done
         rate = self.done / took
-        return f"{count}, {rate:,.{1 if rate >= 1 else 3}f} {self.unit}/s, {left:.0f} s left"
+        text = f"{count}, {rate:,.{1 if rate >= 1 else 3}f} {self.unit}/s, {left:.0f} s left"
+        return f"{text}, {self.note}" if self.note else text
 
 
 def _to_stderr(line: str) -> None:

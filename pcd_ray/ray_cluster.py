@@ -3,13 +3,12 @@
 Work runs there in tasks, and what kills it is told in words; who gets how much is in `ray_shares`.
 """
 
-import base64
+import contextlib
 import logging
 import os
-import pickle
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -27,6 +26,7 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of every process that computes on CPUs. Torch's threads otherwise spin while they
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
+_AUTH_MODE = "RAY_AUTH_MODE"
 _JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # where Ray unpacks ``--working-dir``
 
 
@@ -49,20 +49,35 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
                 f"--address {shown} --working-dir . -- python jobs/train.py ...); unset "
                 "RAY_ADDRESS to run on this machine"
             )
-        if alone:
-            # a cluster of one machine that dies with this process needs no token
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # a cluster of one machine that dies with this process needs no token
+        open_to_all = {} if not alone or _AUTH_MODE in os.environ else {_AUTH_MODE: "disabled"}
         try:
-            ray.init(
-                address=address,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                include_dashboard=False if alone else None,
-                object_store_memory=_object_store_bytes() if alone else None,
-            )
+            with environment(open_to_all):
+                ray.init(
+                    address=address,
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                    include_dashboard=False if alone else None,
+                    object_store_memory=_object_store_bytes() if alone else None,
+                )
         except Exception as error:  # Ray's own kinds, and bare ones when it starts too slowly
             raise _no_cluster(address, error) from error
     return cluster_nodes(autoscaled, ours=alone)
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process while a call of Ray's runs that has no arguments for them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _no_cluster(address: str, error: Exception) -> ClusterError:
@@ -232,13 +247,13 @@ def explained_death(error: BaseException) -> ClusterError | None:
 
 
 def current_reservation(owner: str) -> str:
-    """Return what is reserved for this process's group of workers, as text; empty: nothing is.
+    """Return what is reserved for this process's group of workers: its id and ``owner``, or "".
 
     Args:
         owner: name of an actor that lives as long as the process that runs the workers.
     """
     group = ray.util.get_current_placement_group()
-    return "" if group is None else base64.b64encode(pickle.dumps((owner, group))).decode()
+    return "" if group is None else f"{group.id.hex()} {owner}"
 
 
 def free_reservation(reservation: str) -> bool:
@@ -249,13 +264,19 @@ def free_reservation(reservation: str) -> bool:
     """
     if not reservation:
         return True
-    owner, group = pickle.loads(base64.b64decode(reservation))
+    group, _, owner = reservation.partition(" ")
     try:
         ray.get_actor(owner)
     except ValueError:
-        ray.util.remove_placement_group(group)
+        _remove_placement_group(group)
         return True
     return False
+
+
+def _remove_placement_group(group_id: str) -> None:
+    """Remove a placement group by its id, in hex: Ray removes by handle, and finds by name only."""
+    identity = ray.PlacementGroupID(bytes.fromhex(group_id))
+    ray.util.remove_placement_group(ray.util.placement_group.PlacementGroup(identity))
 
 
 def _object_store_bytes() -> int:

@@ -8,7 +8,6 @@ Shapes: B images, S pixels per side.
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +26,10 @@ from pcd_ray.data.scenes import CLASSES, make_picture, write_scenes
 from pcd_ray.distill.backbones import build_backbone, map_shape
 from pcd_ray.distill.build import autocast_dtype
 from pcd_ray.distill.weights import save_teacher
+from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray.errors import ConfigError
-from pcd_ray.evaluate.progress import Progress
 from pcd_ray.ray_cluster import check_outlives_job, connect
+from pcd_ray.progress import counted, log, progress
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
 from pcd_ray.train.ray_launch import TrainResult, train
@@ -97,22 +97,27 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
 
     Raises:
         ConfigError: the folder holds a demo of another seed or size; nothing of it was touched.
+        InUseError: another driver works in the folder.
     """
     size = size or DemoSize()
     folder = RunFolder.of(config)
     check_outlives_job("run.root", folder.uri)
-    _claim(folder, {"run.seed": config.run.seed, **asdict(size)})
-    config = _filled_in(config, folder)
+    with driving(FolderMarks(folder.uri, "run.name")):
+        _claim(folder, {"run.seed": config.run.seed, **asdict(size)})
+        return _run(_filled_in(config, folder), size, folder)
+
+
+def _run(config: Config, size: DemoSize, folder: RunFolder) -> DemoResult:
     connect()
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    _say(f"generating and packing {size.train_scenes:,} scenes")
+    log(f"generating and packing {size.train_scenes:,} scenes")
     _write_scenes(folder, config.run.seed, size)
     pack(config.data, seed=config.run.seed)
     seconds["scenes_and_pack"] = time.monotonic() - started
     started = time.monotonic()
     if not storage.exists(config.teacher.weights):
-        _say(f"training the teacher, {size.teacher_steps} steps")
+        log(f"training the teacher, {size.teacher_steps} steps")
         _train_teacher(config, size)
     seconds["teacher"] = time.monotonic() - started
     started = time.monotonic()
@@ -123,24 +128,18 @@ def demo(config: Config, size: DemoSize | None = None) -> DemoResult:
     return result
 
 
-def _say(text: str) -> None:
-    """Print a line, unless it is empty."""
-    if text:
-        sys.stderr.write(f"{text}\n")
-
-
 def _write_scenes(folder: RunFolder, seed: int, size: DemoSize) -> None:
     total = size.train_scenes + size.test_scenes + sum(size.probe_scenes)
-    progress = Progress("scenes", "scenes", total)
-    write_scenes(
-        folder.file("scenes"),
-        num_train=size.train_scenes,
-        num_test=size.test_scenes,
-        size_px=size.scene_px,
-        seed=seed,
-        num_segmentation=size.probe_scenes,
-        on_scene=lambda: _say(progress.line(1)),
-    )
+    with progress("generating", "scenes", total) as shown:
+        write_scenes(
+            folder.file("scenes"),
+            num_train=size.train_scenes,
+            num_test=size.test_scenes,
+            size_px=size.scene_px,
+            seed=seed,
+            num_segmentation=size.probe_scenes,
+            on_scene=shown.add,
+        )
 
 
 def _claim(folder: RunFolder, made_from: dict[str, Any]) -> None:
@@ -199,29 +198,26 @@ def _train_teacher(config: Config, size: DemoSize) -> None:
     optimizer = build_optimizer("adamw", network, weight_decay=0.05)
     schedule = Schedule(_TEACHER_LR, 0.1 * size.teacher_steps, size.teacher_steps, 0.0)
     batches = _batches(*_pictures(config.run.seed, size), config.run.seed, size.teacher_steps)
-    progress = Progress("teacher", "steps", size.teacher_steps)
-    for step, (pictures, labels) in enumerate(batches):
-        set_learning_rate(optimizer, schedule.learning_rate(step))
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            named = classifier(head(backbone(pictures).mean((2, 3))))
-        loss = F.cross_entropy(named.float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if line := progress.line(1):
+    with progress("teacher", "steps", size.teacher_steps) as shown:
+        for step, (pictures, labels) in enumerate(batches):
+            set_learning_rate(optimizer, schedule.learning_rate(step))
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                named = classifier(head(backbone(pictures).mean((2, 3))))
+            loss = F.cross_entropy(named.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            shown.add()
             correct_pct = 100 * (named.argmax(1) == labels).float().mean()
-            _say(f"{line}, loss {loss:.2f}, accuracy {correct_pct:.0f}%")
+            shown.note = f"loss {loss:.2f}, accuracy {correct_pct:.0f}%"
     network.eval()
     save_teacher(config.teacher.weights, backbone, head, activation="relu", licence="Apache-2.0")
 
 
 def _pictures(seed: int, size: DemoSize) -> tuple[Tensor, Tensor]:
     """Return (N, S, S, 3) uint8 pictures and the (N,) objects they show."""
-    progress = Progress("teacher", "pictures", size.pictures)
-    made = []
-    for number in range(size.pictures):
-        made.append(make_picture(derive_seed(seed, "picture", number), _PICTURE_PX))
-        _say(progress.line(1))
+    numbers = counted(range(size.pictures), "teacher", "pictures", size.pictures)
+    made = [make_picture(derive_seed(seed, "picture", number), _PICTURE_PX) for number in numbers]
     pictures = torch.from_numpy(np.stack([picture.image for picture in made]))
     return pictures, torch.tensor([picture.label - 1 for picture in made])
 

@@ -6,7 +6,6 @@ die are started again and go on from there, a user's error ends the run in its o
 
 import contextlib
 import json
-import os
 import re
 import signal
 import textwrap
@@ -20,12 +19,12 @@ import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pcd_ray import errors, storage
+from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder, checkpoint_steps
 from pcd_ray.config import TrainConfig
-from pcd_ray.errors import PcdError, TrainingError
+from pcd_ray.errors import PcdError, TrainingError, from_plain, to_plain
 from pcd_ray.patient_files import patient_filesystem
-from pcd_ray.ray_cluster import PASSIVE_THREADS
+from pcd_ray.ray_cluster import PASSIVE_THREADS, environment
 from pcd_ray.ray_events import Event, EventReceiver, EventSender
 from pcd_ray.ray_nodes import Need, Standstill
 from pcd_ray.ray_shares import WorkerShare
@@ -75,7 +74,7 @@ def fit(  # noqa: PLR0913 - what to run, and where
         run_config=_run_config(folder, settings, mailbox),
     )
     cause: Exception | None = None
-    waits = _environment(_START_TIMEOUT, str(settings.start_timeout_s))
+    waits = environment({_START_TIMEOUT: str(settings.start_timeout_s)})
     least = num_workers if isinstance(num_workers, int) else min(num_workers)
     standstill = Standstill(Need("workers", least, share.cpus, share.gpus, share.labels))
     standstill.begin()
@@ -128,9 +127,8 @@ def until_it_cannot(folder: RunFolder, body: Callable[[], None]) -> None:
         body()
     except PcdError as error:
         if not isinstance(error, storage.UnavailableError):  # it may be better next time
-            story = {"kind": type(error).__name__, "message": str(error)}
             with contextlib.suppress(storage.StorageError):  # the error itself is worth more
-                storage.write_text(failure, json.dumps(story))
+                storage.write_text(failure, json.dumps(to_plain(error)))
         raise
 
 
@@ -177,20 +175,6 @@ def _taken_away(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable of this process for a while: Ray Train hands it to those that it starts."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
 def stopped_in_order() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM (``ray job stop``) end a run after Ray has sent the workers away.
 
@@ -223,9 +207,7 @@ def raise_failure(folder: RunFolder, settings: TrainConfig, cause: Exception | N
     """
     uri = folder.file(FAILURE_FILE)
     if storage.exists(uri):
-        story = json.loads(storage.read_text(uri))
-        kind: type[PcdError] = getattr(errors, story["kind"], PcdError)
-        raise kind(story["message"]) from cause
+        raise from_plain(json.loads(storage.read_text(uri))) from cause
     if cause is not None:
         steps = checkpoint_steps(folder)
         raise TrainingError(

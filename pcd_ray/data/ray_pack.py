@@ -33,6 +33,7 @@ from pcd_ray.data.ray_stream import Batch, stream_chunks
 from pcd_ray.data.shard_writer import publish_shards
 from pcd_ray.data.shards import PackedSource, ShardFile
 from pcd_ray.data.sources import list_sources
+from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray.errors import ShardError
 from pcd_ray.ray_cluster import check_outlives_job
 
@@ -84,6 +85,7 @@ def pack(data: DataConfig, *, seed: int, ready: Callable[[], object] | None = No
     Raises:
         ShardError: nothing to pack, repeated keys, another packing's shards in the folder, or more
             unreadable images than ``data.max_bad_fraction``.
+        InUseError: another driver packs into the folder.
         StorageError: images cannot be read, or shards written, now; finished shards are kept.
     """
     started = time.monotonic()
@@ -101,15 +103,16 @@ def pack(data: DataConfig, *, seed: int, ready: Callable[[], object] | None = No
     plan = plan_packing(
         listing, seed=seed, shard_bytes=data.shard_mib * _MIB, max_pixels=data.max_pixels
     )
-    records = finished_parts(folder, plan)
-    reused = len(records)
-    if ready is not None and reused < len(plan.parts):
-        ready()
-    with closing(_pack_missing(folder, plan, set(records), data)) as packed:
-        for record in packed:
-            records[record.part] = record
-            _check_bad(folder, plan, list(records.values()), data.max_bad_fraction)
-    files = _publish(folder, plan, [records[part] for part in sorted(records)], data)
+    with driving(FolderMarks(folder, "data.shards")):
+        records = finished_parts(folder, plan)
+        reused = len(records)
+        if ready is not None and reused < len(plan.parts):
+            ready()
+        with closing(_pack_missing(folder, plan, set(records), data)) as packed:
+            for record in packed:
+                records[record.part] = record
+                _check_bad(folder, plan, list(records.values()), data.max_bad_fraction)
+        files = _publish(folder, plan, [records[part] for part in sorted(records)], data)
     result = PackResult(
         shards=folder,
         num_images=sum(file.images for file in files),

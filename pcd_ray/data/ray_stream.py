@@ -1,5 +1,6 @@
 """Ray Data executions as we want them: in order, quiet, within limits, with readable errors."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,18 +17,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pcd_ray.config import DataConfig
-from pcd_ray.errors import (
-    ConfigError,
-    EvaluationError,
-    PcdError,
-    ShardError,
-    TrainingError,
-    WeightsError,
-)
+from pcd_ray.errors import PcdError, from_plain, to_plain
 from pcd_ray.ray_cluster import PASSIVE_THREADS
 from pcd_ray.ray_nodes import object_store_bytes
 from pcd_ray.ray_shares import WorkerShare
-from pcd_ray.storage import GoneError, StorageError, UnavailableError
 
 Batch = dict[str, np.ndarray[Any, Any]]
 Stage = Callable[[Batch], Batch]
@@ -38,19 +31,6 @@ SEGMENT_CHUNKS = 1024
 OVERLAP_CHUNKS = 256
 """Chunks before the end of an execution at which the next one starts."""
 _ERROR = "error"
-_KINDS = {
-    kind.__name__: kind
-    for kind in (
-        ConfigError,
-        ShardError,
-        StorageError,
-        GoneError,
-        UnavailableError,  # a run outlives it, no other kind
-        EvaluationError,
-        TrainingError,
-        WeightsError,
-    )
-}
 _STORE_SHARE = 0.4  # of the object stores of its nodes: what all streams together may fill
 _STEP_S = 0.02  # least time from one step of Ray Data's scheduling to the next
 
@@ -173,14 +153,13 @@ def _guarded(work: Stage, block: Batch) -> Batch:
     try:
         return work(block)
     except PcdError as error:  # travels as data: Ray would bury its text in stack traces
-        return {_ERROR: np.array([type(error).__name__, str(error)])}
+        return {_ERROR: np.array([json.dumps(to_plain(error))])}
 
 
 def _checked(block: Batch) -> Batch:
     """Raise the error that a block is, if it is one."""
     if _ERROR in block:
-        kind, message = block[_ERROR].tolist()
-        raise _KINDS.get(kind, ShardError)(message)
+        raise from_plain(json.loads(str(block[_ERROR][0])))
     return block
 
 

@@ -157,7 +157,7 @@ def write_scenes(  # noqa: PLR0913 - how many of what, and who follows them
     size_px: int,
     seed: int,
     num_segmentation: tuple[int, int] = (200, 100),
-    on_scene: Callable[[], None] = lambda: None,
+    on_scene: Callable[[], object] = lambda: None,
 ) -> None:
     """Write scenes where `pack`, kNN and the segmentation probe can read them.
 

@@ -75,7 +75,7 @@ def judge(config: Config, *, share: WorkerShare, say: Callable[[str], None]) -> 
     Raises:
         CheckpointError: the run has no whole checkpoint.
     """
-    step = int(find_checkpoint(RunFolder.of(config).uri).about["step"])
+    step = int(find_checkpoint(RunFolder.of(config).uri, with_state=False).about["step"])
     try:
         wait_for_workers(config, share, say=say, num_workers=1)
         what = "evaluating the student"

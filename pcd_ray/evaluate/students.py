@@ -55,7 +55,7 @@ def stored_config(specs: Sequence[str]) -> Config | None:
     for spec in specs:
         for part in _parts(spec)[1]:
             if _is_run(part):
-                return find_checkpoint(storage.absolute(part)).config
+                return find_checkpoint(storage.absolute(part), with_state=False).config
     return None
 
 

@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -13,14 +13,17 @@ from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import (
     Checkpoint,
     RunFolder,
+    changed_run,
+    check_same_run,
     checkpoint_name,
     checkpoint_steps,
     find_checkpoint,
     latest_checkpoint,
 )
-from pcd_ray.config import Config, changed_options, config_to_values, to_yaml
+from pcd_ray.config import Config, config_to_values, to_yaml
 from pcd_ray.data.shards import Shards, open_shards
-from pcd_ray.errors import CheckpointError, EvaluationError
+from pcd_ray.driver_lock import FolderMarks, driving
+from pcd_ray.errors import EvaluationError
 from pcd_ray.evaluate.eval_sets import open_knn_images, open_probe
 from pcd_ray.evaluate.ray_judge import Judgement, judge
 from pcd_ray.evaluate.references import REFERENCES
@@ -77,11 +80,22 @@ def train(
         The finished run, judged, with its report written.
 
     Raises:
+        InUseError: another driver trains this run.
         PcdError: what a user can mend; whatever was stored stays. A run that is finished but could
             not be judged in full has its summary and report all the same.
     """
     config = with_absolute_places(config)
     folder = RunFolder.of(config)
+    with driving(FolderMarks(folder.uri, "run.name")):
+        return _train(config, folder, listener, build)
+
+
+def _train(
+    config: Config,
+    folder: RunFolder,
+    listener: Callable[[Event], None] | None,
+    build: Callable[..., int],
+) -> TrainResult:
     found = _checked(config, folder)
     _prepare_folder(config, folder)
     log = RunLog(folder, total_steps=found.plan.steps)
@@ -164,10 +178,10 @@ def _checked(config: Config, folder: RunFolder, *, dry: bool = False) -> _Checke
     open_probe(config)
     check_outlives_job("run.root", config.run.root)
     storage.check_writable(folder.uri, in_buckets=not dry)
-    stored = latest_checkpoint(folder)
+    stored = latest_checkpoint(folder, with_state=False)
     guarded = None if config.run.allow_changes else stored
     if guarded is not None:
-        _refuse_changes(config, shards, guarded)
+        check_same_run(config, guarded, data_sha256=shards.content_hash)
     share = share_of_workers(config)
     if config.train.sync_batchnorm and share.device == "cpu":
         raise errors.ConfigError(
@@ -179,6 +193,8 @@ def _checked(config: Config, folder: RunFolder, *, dry: bool = False) -> _Checke
     _check_caches_can_be_written(plan, dry=dry)
     if note := note_on_nodes(config, share):
         plan.notes["run.wait_for_nodes_s"] = note
+    if stored is not None and stored.about["step"] >= plan.steps:
+        stored = latest_checkpoint(folder)  # a finished run is continued if its end is damaged
     return _Checked(shards, share, plan, 0 if stored is None else int(stored.about["step"]))
 
 
@@ -187,15 +203,6 @@ def _check_caches_can_be_written(plan: RunPlan, *, dry: bool) -> None:
     for cache in (plan.teacher_cache, (plan.teacher_2 or {}).get("teacher_cache")):
         if cache is not None and cache["state"] != "whole":
             storage.check_writable(storage.parent(cache["uri"]), in_buckets=not dry)
-
-
-def _refuse_changes(config: Config, shards: Shards, stored: Checkpoint) -> None:
-    """Refuse to go on with a run whose settings or data have changed, naming what."""
-    changes = changed_options(stored.config, config)
-    if stored.about["data_sha256"] != shards.content_hash:
-        changes.append(f"data.shards: the packed images at {config.data.shards} are others")
-    if changes:
-        _refuse(RunFolder.of(config), stored, changes)
 
 
 def _refuse_other_teachers(config: Config, plan: RunPlan, stored: Checkpoint) -> None:
@@ -212,15 +219,7 @@ def _refuse_other_teachers(config: Config, plan: RunPlan, stored: Checkpoint) ->
         elif sha256 != stored.about[name]["sha256"]:
             changes.append(f"{name}.weights: the weights of {place} are others")
     if changes:
-        _refuse(folder, stored, changes)
-
-
-def _refuse(folder: RunFolder, stored: Checkpoint, changes: list[str]) -> NoReturn:
-    listed = "\n  ".join(changes)
-    raise CheckpointError(
-        f"{folder.uri} holds a run at step {stored.about['step']} with other settings:\n"
-        f"  {listed}\nchoose another run.name, set these back, or set run.allow_changes=true"
-    )
+        raise changed_run(stored, changes)
 
 
 def _prepare_folder(config: Config, folder: RunFolder) -> None:

@@ -147,7 +147,7 @@ class _Build:
 
     def _check_images(self) -> None:
         """Refuse to give other runs a head that was fitted to other images."""
-        stored = latest_checkpoint(RunFolder.of(self.config))
+        stored = latest_checkpoint(RunFolder.of(self.config), with_state=False)
         if stored is None or stored.about["data_sha256"] != self.shards.content_hash:
             raise CheckpointError(
                 f"the run's {self.loaded.identity.head} head was fitted to other images than those "

@@ -19,9 +19,10 @@ from pcd_ray import __version__, storage
 from pcd_ray import metric_names as names
 from pcd_ray.checkpoint import (
     RunFolder,
+    check_same_run,
+    checkpoint_from_rank_zero,
     checkpoint_name,
     latest_checkpoint,
-    load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     to_host,
@@ -45,7 +46,7 @@ from pcd_ray.train.elastic import elastic_line, passes_of
 from pcd_ray.train.loop import HostBatch, LoopSettings, StepDone, train_steps
 from pcd_ray.train.metrics import NewestScores
 from pcd_ray.train.optim import Schedule, build_optimizer, peak_learning_rate
-from pcd_ray.train.ranks import Worker, barrier, from_rank_zero
+from pcd_ray.train.ranks import Worker, barrier
 from pcd_ray.train.ray_heads import fit_head, fitting_line
 from pcd_ray.train.ray_preemption import PreemptionNotices
 from pcd_ray.train.ray_scores import RunScores
@@ -233,17 +234,18 @@ class _Run:
         return TrainState(wrapped, optimizer, self.method.branches, average=average)
 
     def _restore(self) -> None:
-        """Continue from the newest whole checkpoint; rank 0 says which."""
+        """Continue from the newest complete checkpoint, which rank 0 alone reads."""
         found = latest_checkpoint(self.folder) if self.worker.rank == 0 else None
-        uri = from_rank_zero(found.uri if found else None)
-        if uri is None:
+        if found is not None:
+            check_same_run(self.config, found, data_sha256=self.shards.content_hash)
+        stored = checkpoint_from_rank_zero(found, self.worker.device)
+        if stored is None:
             return
-        stored = found or load_checkpoint(uri)
         try:
             self.state.load_state_dict(stored.state)
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{uri} does not fit the networks or optimiser of these settings "
+                f"{stored.uri} does not fit the networks or optimiser of these settings "
                 f"({str(error).splitlines()[0]}); set them back, or choose another run.name"
             ) from error
         self._reported_step = self._timed_step = self.state.step

@@ -8,7 +8,6 @@ from ray import tune
 
 from pcd_ray.config import Config
 from pcd_ray.ray_cluster import free_reservation
-from pcd_ray.tune.driver_mark import DriverMark
 from pcd_ray.tune.ray_search import EPOCH, FINISHED, NUMBER, RESERVATION, SCORE, VALUES
 from pcd_ray.tune.records import TrialRecord, records_of
 from pcd_ray.tune.space import Space, epochs_of
@@ -22,13 +21,11 @@ class Progress(tune.Callback):
         self,
         config: Config,
         opened: OpenStudy,
-        mark: DriverMark,
         write: Callable[[], object],
         console: TextIO | None = None,
     ) -> None:
         self._config = config
         self._opened = opened
-        self._mark = mark
         self._write = write
         self._console = console or sys.stderr
         self._ended: list[str] = []  # what trials held that are over, until it is free
@@ -44,9 +41,8 @@ class Progress(tune.Callback):
             self._say(note)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Free what stopped trials held, as soon as their processes are gone; be seen alive."""
+        """Free what stopped trials held, as soon as their processes are gone."""
         del iteration, trials, info
-        self._mark.refresh()
         self._ended = [held for held in self._ended if not free_reservation(held)]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

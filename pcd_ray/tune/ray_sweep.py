@@ -5,7 +5,6 @@ runs what is left: trials that are over stay, interrupted ones go on from their 
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -19,8 +18,9 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.data.shards import open_shards
+from pcd_ray.driver_lock import driving
 from pcd_ray.errors import ClusterError, ConfigError
-from pcd_ray.ray_cluster import check_outlives_job
+from pcd_ray.ray_cluster import check_outlives_job, environment
 from pcd_ray.ray_fit import stopped_in_order
 from pcd_ray.ray_nodes import HEAD, Cluster, Node, cpus_of, gpus_of, nodes_with
 from pcd_ray.ray_placement import asked_of, cluster_of
@@ -28,7 +28,6 @@ from pcd_ray.ray_shares import cpus_beside_others
 from pcd_ray.train.ray_launch import dry_run, with_absolute_places
 from pcd_ray.train.run_plan import RunPlan
 from pcd_ray.train.teacher_cache import bytes_in_words, usual_cache_path
-from pcd_ray.tune.driver_mark import DriverMark, driving
 from pcd_ray.tune.ray_progress import Progress
 from pcd_ray.tune.ray_search import NUMBER, StudySearch, stopping_rule
 from pcd_ray.tune.ray_trial import CacheBuilder, run_trial
@@ -43,11 +42,21 @@ from pcd_ray.tune.records import (
     trials_csv,
 )
 from pcd_ray.tune.space import Space, open_space, with_absolute_choices
-from pcd_ray.tune.study import OVER, OpenStudy, begin_study, find_study, new_study, story_of
+from pcd_ray.tune.study import (
+    OVER,
+    OpenStudy,
+    StudyMarks,
+    begin_study,
+    find_study,
+    new_study,
+    story_of,
+)
 from pcd_ray.tune.sweep_report import UNITS, write_sweep_report
 
 _OF_TUNE = "ray_tune"  # what Tune notes for itself; the study knows more
 _DRIVER_SHARE = {"CPU": 0, HEAD: 0.001}  # a trial's own process waits for workers, on the head
+# trials write their own metrics, and Progress says what a user needs to know
+_QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 _OF_MAPS = ("teacher.", "teacher_2.", "augment.", "pairing.", "train.precision")
 """Options that teachers' maps follow from begin so."""
 
@@ -106,11 +115,11 @@ def sweep(config: Config) -> SweepResult:
     ready = None if found else _checked(config)
     opened = found or new_study(config, folder)
     if trials_left(config, opened):
-        with driving(opened) as mark:
+        with driving(StudyMarks(opened)):
             ready = ready or _checked(config)
             begin_study(opened, config, space, story)
             storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))
-            _run(config, space, folder, opened, mark, ready)
+            _run(config, space, folder, opened, ready)
     return write_records(config, folder, opened)
 
 
@@ -262,24 +271,19 @@ def _run(
     space: Space,
     folder: RunFolder,
     opened: OpenStudy,
-    mark: DriverMark,
     ready: _Checked,
 ) -> None:
     """Run the trials that are left.
 
     Raises:
-        ConfigError: another driver has begun to run them at the same moment.
         KeyboardInterrupt: the user stopped it; what ran goes on with the same command.
     """
     plan, many = ready.plan, ready.many
-    mark.take()  # it may have grown old, and two that began together both have it
     trials_uri, left = folder.file("trials"), trials_left(config, opened)
-    progress = Progress(config, opened, mark, lambda: write_records(config, folder, opened))
+    progress = Progress(config, opened, lambda: write_records(config, folder, opened))
     notes = [*cache_lines(space, plan), *filter(None, [plan.notes.get("run.wait_for_nodes_s")])]
     progress.begin(space, at_a_time=many, left=left, notes=notes)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    # trials write their own metrics, and Progress says what a user needs to know
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     trial = tune.with_parameters(
         run_trial,
         base=config_to_values(_without_secrets(config)),
@@ -301,7 +305,10 @@ def _run(
         ),
     )
     try:
-        with stopped_in_order():  # Tune heeds Ctrl-C alone; SIGTERM aborts the process in its loop
+        with (
+            environment(_QUIET),
+            stopped_in_order(),
+        ):  # Tune heeds Ctrl-C alone; SIGTERM aborts the process in its loop
             tuner.fit()
     finally:
         storage.delete_folder(folder.file(_OF_TUNE))

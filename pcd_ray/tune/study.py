@@ -43,6 +43,7 @@ ADDED = "added"
 """User attribute: options that a space function set without asking for them."""
 _STUDY_FILE = "study.db"  # of a sweep that keeps its study itself
 _SWEEP = "sweep"  # user attribute of the study: what it is a study of
+_DRIVER = "driver:"  # how user attributes of the study that mark its driver begin
 _SAME_FOR_ALL = ("space", "space_function", "metric", "cost")  # of tune: scores compare only so
 _FREE_EVAL = ("eval.pictures", "eval.pixel", "eval.out", "eval.references", "eval.seeds")
 
@@ -64,6 +65,30 @@ class OpenStudy:
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in some states, or all, by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
+
+
+class StudyMarks:
+    """Marks of drivers as user attributes of the study, for `driving`."""
+
+    option = "run.name"
+
+    def __init__(self, opened: OpenStudy) -> None:
+        self._study = opened.study
+        self.name = f"the sweep {opened.study.study_name} in {opened.shown_url}"
+
+    def read(self) -> dict[str, str]:
+        """Return each mark's text, by its token."""
+        attributes = self._study.user_attrs.items()
+        own = {name: text for name, text in attributes if name.startswith(_DRIVER) and text}
+        return {name.removeprefix(_DRIVER): text for name, text in own.items()}
+
+    def write(self, token: str, text: str) -> None:
+        """Store a mark."""
+        self._study.set_user_attr(_DRIVER + token, text)
+
+    def clear(self, token: str) -> None:
+        """Empty a mark: Optuna deletes no attribute."""
+        self._study.set_user_attr(_DRIVER + token, "")
 
 
 @dataclass(frozen=True, slots=True)

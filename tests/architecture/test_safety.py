@@ -10,7 +10,6 @@ import pcd_ray
 PACKAGE = Path(pcd_ray.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMED = {
-    ("ray_cluster.py", "pickle.loads"),  # what a run of the same driver has just told it
     ("yaml_text.py", "yaml.load"),  # with a loader of plain data, tested beside
 }
 NEVER = """

@@ -128,5 +128,6 @@ def check_end(folder: RunFolder) -> None:
     newest = find_checkpoint(folder.uri)
     assert newest.about["step"] == STEPS
     foretold = json.loads(Path(folder.file("summary.json")).read_text())["plan"]["scale"]
-    size = Path(newest.uri, "state.pt").stat().st_size
+    (state,) = Path(newest.uri).glob("state-*.pt")
+    size = state.stat().st_size
     assert size / 2**20 == pytest.approx(foretold["checkpoint_mib"], rel=0.05)

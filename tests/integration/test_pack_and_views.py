@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from PIL import Image
 
 from pcd_ray.config import AugmentConfig, DataConfig, SourceConfig
@@ -18,13 +21,16 @@ from pcd_ray.data.ray_stream import Batch
 from pcd_ray.data.ray_views import chunks_ahead, eval_batches, view_batches
 from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards, open_shards, verify_shards
-from pcd_ray.errors import ShardError
+from pcd_ray.driver_lock import DriverLock, FolderMarks, Process
+from pcd_ray.errors import InUseError, ShardError
+from pcd_ray.ray_cluster import free_reservation
 from pcd_ray.seeds import derive_seed
 from pcd_ray.storage import StorageError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 NUM_IMAGES = 50
+EVENT_S = 60.0
 MAX_PIXELS = 10**6
 
 
@@ -347,3 +353,36 @@ def test_evaluation_reads_the_rows_asked_for_in_order(shards: Shards, source: st
     for view, row in zip(views, rows, strict=True):
         with Image.open(Path(source) / keys[row]) as image:
             assert np.array_equal(view, eval_view(image.convert("RGB"), 16))
+
+
+class Owner:
+    """An actor by whose name its reservation is known."""
+
+    def here(self) -> bool:
+        return True
+
+
+def test_what_an_ended_run_reserved_is_given_back_by_its_id() -> None:
+    owner = ray.remote(num_cpus=0)(Owner).options(name="owner").remote()
+    assert ray.get(owner.here.remote())
+    reserved = ray.util.placement_group([{"CPU": 1}])
+    assert reserved.wait(EVENT_S)
+    assert not free_reservation(f"{reserved.id.hex()} owner"), "its owner would reserve anew"
+    assert free_reservation(f"{reserved.id.hex()} nobody")
+    all_cpus = ray.util.placement_group([{"CPU": 2}])
+    assert all_cpus.wait(EVENT_S), "the CPU is still reserved"
+    ray.util.remove_placement_group(all_cpus)
+    ray.kill(owner)
+
+
+def test_a_second_driver_does_not_pack_into_the_folder_of_the_first(
+    source: str, tmp_path: Path
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        marks = FolderMarks(str(tmp_path / "shards"), "data.shards")
+        DriverLock(marks, Process.of(other.pid)).take(print)
+        with pytest.raises(InUseError, match=f"process {other.pid} on .* another data.shards"):
+            _pack(source, tmp_path / "shards")
+        other.kill()
+    _pack(source, tmp_path / "shards")
+    assert not [*(tmp_path / "shards").glob("driver-*")]

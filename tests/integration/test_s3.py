@@ -58,18 +58,17 @@ def stop_with_ctrl_c(event: Event) -> None:
 def plant_what_does_not_count(folder: RunFolder) -> dict[str, bytes]:
     """Leave newer checkpoints as interrupted and damaged writes do; return the good state."""
     good = find_checkpoint(folder.uri).uri
-    read = {name: storage.read_bytes(storage.join(good, name)) for name in FILES}
-    half = {"state.pt": read["state.pt"]}
-    cut = read | {"checkpoint.json": read["checkpoint.json"][:40]}
-    changed_state = read | {"state.pt": read["state.pt"][:-9] + b"truncated"}
+    files = [storage.name_of(storage.split_query(file.uri)[0]) for file in storage.list_files(good)]
+    mark, state = sorted(files)
+    read = {name: storage.read_bytes(storage.join(good, name)) for name in files}
+    half = {state: read[state]}
+    cut = read | {mark: read[mark][:40]}
+    changed_state = read | {state: read[state][:-9] + b"truncated"}
     for step, files in ((19, changed_state), (20, cut), (21, half)):
         for name, data in files.items():
             uri = storage.join(folder.checkpoints, checkpoint_name(step), name)
             storage.write_bytes(uri, data)
     return read
-
-
-FILES = ("state.pt", "config.yaml", "checkpoint.json")
 
 
 class Outage:

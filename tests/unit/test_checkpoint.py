@@ -1,17 +1,22 @@
+import hashlib
 import json
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+import torch.distributed as dist
+from ranks import run_on_ranks
 from torch import nn
 
 from pcd_ray import storage
 from pcd_ray.checkpoint import (
     RunFolder,
     best_steps,
+    check_same_run,
+    checkpoint_from_rank_zero,
     checkpoint_name,
     checkpoint_steps,
     find_checkpoint,
@@ -77,6 +82,15 @@ def save(folder: RunFolder, step: int, **about: Any) -> Path:
     return Path(uri)
 
 
+def state_file(uri: Path) -> Path:
+    (found,) = uri.glob("state-*.pt")
+    return found
+
+
+def file_of(uri: Path, name: str) -> Path:
+    return state_file(uri) if name == "state" else uri / name
+
+
 def step_of(folder: RunFolder) -> int | None:
     found = latest_checkpoint(folder)
     return None if found is None else int(found.about["step"])
@@ -88,7 +102,9 @@ def test_a_checkpoint_comes_back_bit_for_bit(folder: RunFolder) -> None:
     assert_same(loaded.state, state(3))
     assert loaded.config == CONFIG
     assert loaded.about["teacher"] == {"licence": "MIT"}
-    assert sorted(p.name for p in uri.iterdir()) == ["checkpoint.json", "config.yaml", "state.pt"]
+    assert loaded.about["state_sha256"] == hashlib.sha256(state_file(uri).read_bytes()).hexdigest()
+    names = ["checkpoint.json", f"state-{loaded.about['state_sha256'][:8]}.pt"]
+    assert sorted(path.name for path in uri.iterdir()) == names
 
 
 def test_steps_are_listed_as_numbers_and_the_newest_is_found(folder: RunFolder) -> None:
@@ -168,7 +184,7 @@ def test_the_best_is_asked_for_by_name_and_refused_where_nothing_was_scored(
     save_scored(folder, 4, 10.0)
     save_scored(folder, 5, 20.0)
     newest = Path(folder.checkpoints) / checkpoint_name(5)
-    (newest / "state.pt").write_bytes(b"cut off")
+    state_file(newest).write_bytes(b"cut off")
     assert find_checkpoint(storage.join(folder.uri, "best")).about["step"] == 4
 
 
@@ -179,7 +195,7 @@ def test_damaged_checkpoints_never_take_the_place_of_good_ones(
     for step in (50, 100, 200, 300):
         save(folder, step)
     for step in (200, 300):
-        (Path(folder.checkpoints) / checkpoint_name(step) / "state.pt").write_bytes(b"cut off")
+        state_file(Path(folder.checkpoints) / checkpoint_name(step)).write_bytes(b"cut off")
     resumed = latest_checkpoint(folder)
     assert resumed is not None
     assert resumed.about["step"] == 100
@@ -192,7 +208,7 @@ def test_damaged_checkpoints_never_take_the_place_of_good_ones(
 def test_a_damaged_checkpoint_that_is_written_anew_is_kept(folder: RunFolder) -> None:
     save(folder, 100)
     newest = save(folder, 200)
-    (newest / "state.pt").write_bytes(b"cut off")
+    state_file(newest).write_bytes(b"cut off")
     resumed = latest_checkpoint(folder)
     assert resumed is not None
     save(folder, 200)
@@ -208,54 +224,54 @@ def test_what_lies_beyond_the_written_step_costs_no_older_one(folder: RunFolder)
     assert checkpoint_steps(folder) == [150, 200]
 
 
-@pytest.mark.parametrize("name", ["state.pt", "config.yaml", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["state", "checkpoint.json"])
 def test_a_checkpoint_with_a_missing_file_is_refused_and_passed_over(
     folder: RunFolder, name: str
 ) -> None:
     save(folder, 1)
     newest = save(folder, 2)
-    (newest / name).unlink()
+    file_of(newest, name).unlink()
     with pytest.raises(CheckpointError, match=r"missing|no complete checkpoint"):
-        load_checkpoint(str(newest))
+        find_checkpoint(str(newest))
     assert step_of(folder) == 1
 
 
-@pytest.mark.parametrize("name", ["state.pt", "config.yaml", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["state", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "changed"])
 def test_a_damaged_checkpoint_is_refused_and_passed_over(
     folder: RunFolder, name: str, damage: str
 ) -> None:
     save(folder, 1)
     newest = save(folder, 2)
-    data = (newest / name).read_bytes()
+    file = file_of(newest, name)
+    data = file.read_bytes()
     middle = len(data) // 2
     damaged = {
         "truncated": data[: middle // 8],
         "empty": b"",
         "changed": data[:middle] + b"\xff\x00{" + data[middle + 3 :],
     }[damage]
-    (newest / name).write_bytes(damaged)
-    if (name, damage) == ("config.yaml", "truncated"):
-        (newest / name).write_text("run: [unclosed")
+    file.write_bytes(damaged)
     with pytest.raises(CheckpointError):
-        load_checkpoint(str(newest))
+        find_checkpoint(str(newest))
     found = latest_checkpoint(folder)
     assert found is not None
     assert found.state["step"] == 1
     assert list(found.passed_over) == [str(newest)]
-    assert f"{newest}: {name} " in found.passed_over[str(newest)]
+    assert f"{newest}: {file.name} " in found.passed_over[str(newest)]
 
 
-@pytest.mark.parametrize("name", ["state.pt", "config.yaml", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["state", "checkpoint.json"])
 @pytest.mark.parametrize("damaged", ["", "[1]", "{}"])
 def test_a_damaged_checkpoint_that_is_alone_is_never_taken_for_a_new_run(
     folder: RunFolder, name: str, damaged: str
 ) -> None:
     alone = save(folder, 1)
-    (alone / name).write_text("run: [unclosed" if name == "config.yaml" else damaged)
+    file = file_of(alone, name)
+    file.write_text(damaged)
     assert checkpoint_steps(folder) == [1]
     for read in (lambda: latest_checkpoint(folder), lambda: find_checkpoint(folder.uri)):
-        with pytest.raises(CheckpointError, match=rf"none of its .* is whole \(.*{name} "):
+        with pytest.raises(CheckpointError, match=rf"none of its .* is whole \(.*{file.name} "):
             read()
 
 
@@ -278,9 +294,9 @@ def test_a_state_that_was_tampered_with_is_refused(folder: RunFolder) -> None:
     uri = save(folder, 1)
     changed = state(1)
     changed["student"]["0.bias"][0] += 1e-6
-    torch.save(changed, uri / "state.pt")
-    with pytest.raises(CheckpointError, match=r"state.pt is damaged \(its hash differs\)"):
-        load_checkpoint(str(uri))
+    torch.save(changed, state_file(uri))
+    with pytest.raises(CheckpointError, match=r"state-.*.pt is damaged \(its hash differs\)"):
+        find_checkpoint(str(uri))
 
 
 @pytest.mark.parametrize("change", ["format", "option"])
@@ -289,23 +305,130 @@ def test_a_checkpoint_of_another_version_stops_the_run_instead_of_starting_it_an
 ) -> None:
     save(folder, 1)
     newest = save(folder, 2)
+    about = json.loads((newest / "checkpoint.json").read_text())
     if change == "format":
-        about = json.loads((newest / "checkpoint.json").read_text())
-        (newest / "checkpoint.json").write_text(json.dumps(about | {"format": 99}))
+        about["format"] = 99
     else:
-        values = yaml.safe_load((newest / "config.yaml").read_text())
-        values["loss"]["margin"] = 0.1
-        (newest / "config.yaml").write_text(yaml.safe_dump(values))
+        about["config"]["loss"]["margin"] = 0.1
+    (newest / "checkpoint.json").write_text(json.dumps(about))
     for read in (lambda: load_checkpoint(str(newest)), lambda: latest_checkpoint(folder)):
         with pytest.raises(CheckpointError, match="version"):
             read()
 
 
-def test_an_interrupted_write_over_an_old_step_does_not_count(folder: RunFolder) -> None:
+def test_an_interrupted_write_over_an_old_step_leaves_that_as_it_was(folder: RunFolder) -> None:
     save(folder, 1)
     uri = save(folder, 2)
-    torch.save(state(5), uri / "state.pt")  # the new state is there, its mark still the old one
-    assert step_of(folder) == 1
+    old = (uri / "checkpoint.json").read_bytes()
+    save_checkpoint(str(uri), state(5), {"step": 2}, CONFIG)
+    (uri / "checkpoint.json").write_bytes(old)  # the new state is there, its mark is still the old
+    found = latest_checkpoint(folder)
+    assert found is not None
+    assert_same(found.state, state(2))
+
+
+def test_writes_of_one_step_that_cross_leave_the_checkpoint_of_the_last_mark(
+    folder: RunFolder,
+) -> None:
+    """Of two writers, each between the other's state and mark: either mark has its own state."""
+    uri = save(folder, 7)
+    first = (uri / "checkpoint.json").read_bytes()
+    other = config_from_values({})
+    save_checkpoint(str(uri), state(5), {"step": 7}, other)
+    found = load_checkpoint(str(uri))
+    assert_same(found.state, state(5))
+    assert found.config == other
+    (uri / "checkpoint.json").write_bytes(first)
+    found = load_checkpoint(str(uri))
+    assert_same(found.state, state(7))
+    assert found.config == CONFIG
+
+
+def test_states_that_no_mark_names_are_deleted_once_a_later_step_is_there(
+    folder: RunFolder,
+) -> None:
+    for step in (1, 2):
+        save(folder, step)
+    again = Path(folder.checkpoints) / checkpoint_name(2)
+    save_checkpoint(str(again), state(5), {"step": 2}, CONFIG)
+    unfinished = save(folder, 3)
+    (unfinished / "checkpoint.json").unlink()
+    prune_checkpoints(folder, written=2, keep_last=9)
+    assert len([*again.glob("state-*")]) == 2  # another may be about to write their mark
+    save(folder, 4)
+    prune_checkpoints(folder, written=4, keep_last=9)
+    assert checkpoint_steps(folder) == [1, 2, 4]
+    assert_same(load_checkpoint(str(again)).state, state(5))
+    assert [path.name for path in again.iterdir() if path != state_file(again)] == [
+        "checkpoint.json"
+    ]
+    assert not [*unfinished.glob("state-*")]
+
+
+def test_what_a_checkpoint_says_is_had_without_its_state(folder: RunFolder) -> None:
+    save_scored(folder, 4, 10.0)
+    state_file(save(folder, 5)).unlink()
+    for found in (
+        latest_checkpoint(folder, with_state=False),
+        find_checkpoint(folder.uri, with_state=False),
+        load_checkpoint(folder.file("checkpoints", checkpoint_name(5))),
+    ):
+        assert found is not None
+        assert (found.about["step"], found.config) == (5, CONFIG)
+        with pytest.raises(CheckpointError, match="is missing"):
+            _ = found.state
+    assert step_of(folder) == 4
+
+
+def received(folder: RunFolder) -> dict[str, Any] | None:
+    """On two ranks: rank 0 reads the newest checkpoint and deletes it, before the other can."""
+    found = latest_checkpoint(folder) if dist.get_rank() == 0 else None
+    if found is not None:
+        shutil.rmtree(folder.uri)
+    dist.barrier()
+    stored = checkpoint_from_rank_zero(found, torch.device("cpu"))
+    if stored is None:
+        return None
+    about = {"uri": stored.uri, "kept": stored.config == CONFIG, "over": dict(stored.passed_over)}
+    return {**about, "about": stored.about, "state": stored.state}
+
+
+def test_rank_zero_alone_reads_a_checkpoint(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcd_ray.checkpoint._BROADCAST_BYTES", 100)  # in many pieces
+    assert run_on_ranks(2, received, folder) == [None, None]
+    uri = save(folder, 3)
+    damaged = save(folder, 4)
+    state_file(damaged).unlink()
+    ranks = run_on_ranks(2, received, folder)
+    assert_same(*ranks)
+    assert_same(ranks[1]["state"], state(3))
+    assert (ranks[1]["uri"], ranks[1]["kept"]) == (str(uri), True)
+    assert list(ranks[1]["over"]) == [str(damaged)]
+
+
+@pytest.mark.parametrize(("seed", "allowed"), [(7, False), (8, True)])
+def test_a_run_is_continued_with_its_own_options(
+    folder: RunFolder, seed: int, allowed: bool
+) -> None:
+    stored = load_checkpoint(str(save(folder, 3, data_sha256="a")))
+    run = {"name": "kept", "seed": seed, "allow_changes": allowed}
+    config = config_from_values({"run": run, "loss": {"temperature": 0.1}})
+    check_same_run(config, stored, data_sha256="a")
+
+
+@pytest.mark.parametrize(
+    ("seed", "images", "said"),
+    [(8, "a", r"run\.seed: 7 -> 8"), (7, "b", r"data\.shards: the packed images at .* are others")],
+)
+def test_a_run_is_not_continued_with_other_options_or_images(
+    folder: RunFolder, seed: int, images: str, said: str
+) -> None:
+    stored = load_checkpoint(str(save(folder, 3, data_sha256="a")))
+    config = config_from_values({"run": {"seed": seed}, "loss": {"temperature": 0.1}})
+    with pytest.raises(CheckpointError, match=rf"holds a run at step 3 .*\n  {said}"):
+        check_same_run(config, stored, data_sha256=images)
 
 
 def test_a_checkpoint_is_found_by_its_own_folder_or_its_runs(folder: RunFolder) -> None:

@@ -148,15 +148,17 @@ def of_checkpoint(folder: Path) -> Reader:
     run, _ = store_run(folder, 7)
     uri = Path(run.checkpoints) / "step_00000007"
     mark = uri / "checkpoint.json"
+    (state,) = uri.glob("state-*.pt")
 
     def mend() -> None:
         try:
-            about = json.loads(mark.read_text()) | {"state_sha256": sha256(uri / "state.pt")}
+            about = json.loads(mark.read_text()) | {"state_sha256": sha256(state)}
         except (ValueError, TypeError):
             return
         mark.write_text(json.dumps(about))
+        (uri / f"state-{sha256(state)[:8]}.pt").write_bytes(state.read_bytes())
 
-    return Reader(tuple(uri.iterdir()), lambda _: load_checkpoint(str(uri)), mend)
+    return Reader(tuple(uri.iterdir()), lambda _: load_checkpoint(str(uri)).state, mend)
 
 
 def of_config(folder: Path) -> Reader:

@@ -146,7 +146,8 @@ def test_a_run_without_a_queue(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_not_called_whole(tmp_path: Path) -> None:
     folder, _ = store_run(tmp_path, 3)
     uri = folder.file("checkpoints", "step_00000003")
-    (Path(uri) / "state.pt").write_bytes(b"cut off")
+    (state,) = Path(uri).glob("state-*.pt")
+    state.write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="its hash differs"):
         inspect(uri)
     with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):

@@ -14,7 +14,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointUploadMode
 from torch import Tensor
@@ -22,14 +21,15 @@ from torch import Tensor
 from pcd_ray import storage
 from pcd_ray.checkpoint import (
     RunFolder,
+    checkpoint_from_rank_zero,
     checkpoint_name,
     latest_checkpoint,
-    load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     to_host,
 )
 from pcd_ray.config import Config, config_from_values, config_to_values
+from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray.evaluate.finetune.finetune import (
     FinetuneStep,
     FinetuneTask,
@@ -91,7 +91,16 @@ def finetune(
     done = latest_checkpoint(folder)
     if done is None or done.state["step"] < settings.steps:
         try:
-            _fit(task, settings, folder, log, num_workers=num_workers, device=device, config=config)
+            with driving(FolderMarks(folder.uri, "eval.out"), log.say):
+                _fit(
+                    task,
+                    settings,
+                    folder,
+                    log,
+                    num_workers=num_workers,
+                    device=device,
+                    config=config,
+                )
         finally:
             log.flush()
         done = latest_checkpoint(folder)
@@ -170,7 +179,7 @@ class _Run:
         device = ray.train.torch.get_device()
         assert isinstance(device, torch.device)
         self.state = new_state(self.task, self.settings, device=device)
-        self._restore()
+        self._restore(device)
         self.events.resumed(self.state.step)
         loaders = min(_MOST_LOADERS, self.threads)
         for done in finetune_steps(
@@ -190,15 +199,12 @@ class _Run:
         if done.step == self.settings.steps or (every and done.step % every == 0):
             self._checkpoint()
 
-    def _restore(self) -> None:
-        """Go on from the newest whole checkpoint; rank 0 says which."""
+    def _restore(self, device: torch.device) -> None:
+        """Continue from the newest complete checkpoint, which rank 0 alone reads."""
         found = latest_checkpoint(self.folder) if self.rank == 0 else None
-        box = [found.uri if found else None]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0)
-        if box[0] is None:
+        stored = checkpoint_from_rank_zero(found, device)
+        if stored is None:
             return
-        stored = found or load_checkpoint(box[0])
         self.state.load_state_dict(stored.state)
         self._damaged = tuple(stored.passed_over)
         for damaged in stored.passed_over.values():

@@ -17,24 +17,6 @@ def taken(error: Exception) -> Batch:
     return _checked(_guarded(work, {}))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        errors.ConfigError,
-        errors.ShardError,
-        errors.TrainingError,
-        errors.WeightsError,
-        storage.StorageError,
-        storage.GoneError,
-        storage.UnavailableError,
-    ],
-)
-def test_an_error_of_a_task_keeps_its_kind_and_its_words(kind: type[errors.PcdError]) -> None:
-    with pytest.raises(errors.PcdError, match=r"^shard_0 is away$") as raised:
-        taken(kind("shard_0 is away"))
-    assert type(raised.value) is kind
-
-
 def test_a_store_that_is_away_from_a_task_does_not_end_the_run(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     with pytest.raises(storage.UnavailableError):

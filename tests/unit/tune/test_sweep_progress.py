@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from studies import opened_study
 from tiny import tiny_config
 
-from pcd_ray.tune.driver_mark import DriverMark
 from pcd_ray.tune.ray_progress import Progress
 from pcd_ray.tune.ray_search import EPOCH, NUMBER, SCORE, VALUES
 
@@ -23,7 +22,7 @@ def test_files_that_cannot_be_written_are_a_warning_while_trials_go_on(tmp_path:
     def write() -> None:
         raise ZeroDivisionError("no panels")
 
-    progress = Progress(config, opened, DriverMark(opened), write, console)
+    progress = Progress(config, opened, write, console)
     trial = SimpleNamespace(config={NUMBER: 0, VALUES: {}}, last_result=None)
     progress.on_trial_complete(0, [], trial)
     progress.on_trial_error(0, [], trial)
@@ -34,7 +33,7 @@ def test_an_epoch_is_told_of_those_that_the_trial_has(tmp_path: Path) -> None:
     space = {"train.epochs": {"choice": [2, 7]}}
     config = tiny_config(run={"root": str(tmp_path), "name": "s"}, tune={"space": space})
     opened, console = opened_study(config), io.StringIO()
-    progress = Progress(config, opened, DriverMark(opened), lambda: None, console)
+    progress = Progress(config, opened, lambda: None, console)
     for values in ({"train.epochs": 7}, {}):
         trial = SimpleNamespace(config={NUMBER: 0, VALUES: values})
         progress.on_trial_result(0, [], trial, {SCORE: 12.0, EPOCH: 1})
