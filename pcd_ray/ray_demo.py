@@ -28,8 +28,8 @@ from pcd_ray.distill.build import autocast_dtype
 from pcd_ray.distill.weights import save_teacher
 from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray.errors import ConfigError
-from pcd_ray.ray_cluster import check_outlives_job, connect
 from pcd_ray.progress import counted, log, progress
+from pcd_ray.ray_cluster import check_outlives_job, connect
 from pcd_ray.seeds import derive_seed
 from pcd_ray.train.optim import Schedule, build_optimizer, set_learning_rate
 from pcd_ray.train.ray_launch import TrainResult, train
