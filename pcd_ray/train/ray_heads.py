@@ -19,6 +19,7 @@ from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards
 from pcd_ray.distill.build_head import fit_contrastive_head, fit_pca_head
 from pcd_ray.distill.build_teacher import LoadedTeacher
+from pcd_ray.evaluate.progress import Say, Watch
 from pcd_ray.seeds import derive_seed
 
 
@@ -37,7 +38,12 @@ def fitting_line(loaded: LoadedTeacher) -> str:
 
 
 def fit_head(
-    loaded: LoadedTeacher, shards: Shards, config: Config, *, device: torch.device
+    loaded: LoadedTeacher,
+    shards: Shards,
+    config: Config,
+    *,
+    device: torch.device,
+    say: Say = lambda _: None,
 ) -> FittedHead:
     """Fit the head that a teacher's identity names, on a sample of the run's images.
 
@@ -46,25 +52,31 @@ def fit_head(
         shards: the run's images.
         config: the run.
         device: where the backbone computes.
+        say: is given a line every ten seconds.
     """
     fit = loaded.options.fit
     random = np.random.default_rng(derive_seed(config.run.seed, "head_fit"))
     rows = random.permutation(shards.num_images)[: fit.images]
+    pca = loaded.identity.head == "pca"
+    total = len(rows) * (1 if pca else fit.views)
     loaded.backbone.to(device)
-    if loaded.identity.head == "pca":
-        images = (views.to(device) for views in _whole_images(shards, rows, config))
-        found = FittedHead(fit_pca_head(loaded, images, fit))
-    else:
-        several = _several_views(shards, rows, config, views=fit.views)
-        fitted = fit_contrastive_head(
-            loaded,
-            ((views.to(device), view, row) for views, view, row in several),
-            fit,
-            num_images=len(rows),
-            seed=config.run.seed,
-        )
-        remark = f"the head finds {fitted.top1_pct:.0f}% of images by another view of them"
-        found = FittedHead(fitted.head, remark)
+    with Watch(f"{loaded.name}'s head", say, total=total, unit="views") as watch:
+        if pca:
+            images = watch.counted(_whole_images(shards, rows, config), len)
+            found = FittedHead(fit_pca_head(loaded, (each.to(device) for each in images), fit))
+        else:
+            several = watch.counted(
+                _several_views(shards, rows, config, views=fit.views), lambda batch: len(batch[0])
+            )
+            fitted = fit_contrastive_head(
+                loaded,
+                ((views.to(device), view, row) for views, view, row in several),
+                fit,
+                num_images=len(rows),
+                seed=config.run.seed,
+            )
+            remark = f"the head finds {fitted.top1_pct:.0f}% of images by another view of them"
+            found = FittedHead(fitted.head, remark)
     loaded.backbone.cpu()
     return found
 

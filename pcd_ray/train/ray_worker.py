@@ -2,9 +2,11 @@
 
 import functools
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, islice
 from typing import Any
 
 import ray.train
@@ -36,7 +38,8 @@ from pcd_ray.distill.build import Method, build_method
 from pcd_ray.distill.build_head import FITTED_HEADS, save_fitted_head, stored_head
 from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teachers
 from pcd_ray.distill.weights import tensors_sha256
-from pcd_ray.errors import CheckpointError, TrainingError
+from pcd_ray.errors import CheckpointError, ClusterError, TrainingError
+from pcd_ray.evaluate.progress import Watch
 from pcd_ray.patient_files import patient_filesystem
 from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
@@ -64,6 +67,32 @@ def train_worker(values: dict[str, Any]) -> None:
     until_it_cannot(RunFolder.of(config), lambda: _Run(config, values["mailbox"]).train())
 
 
+def check_gpu() -> None:
+    """Check, in a task that Ray gave a GPU, that torch can use it.
+
+    Raises:
+        ClusterError: it cannot; NCCL and networks would fail without saying why.
+    """
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        why = str(error).strip().splitlines()[0]
+        raise ClusterError(unusable_gpu(socket.gethostname(), torch.version.cuda, why)) from None
+
+
+def unusable_gpu(node: str, built_for: str | None, why: str) -> str:
+    """Return what to do about a GPU that torch, built for a version of CUDA, cannot use."""
+    if built_for is None:
+        fix = "torch is built without CUDA there: install a build with CUDA"
+    else:
+        fix = (
+            f"torch is built for CUDA {built_for} there: update the NVIDIA driver to one for that "
+            "version or a newer one (nvidia-smi prints which it is for), or install a torch build "
+            "for the driver's version"
+        )
+    return f"node {node} has a GPU that torch cannot use ({why}); {fix}, or set train.device=cpu"
+
+
 class _Run:
     """One worker's part of a run, from the first to the last step."""
 
@@ -74,8 +103,8 @@ class _Run:
         self.config = config
         self.folder = RunFolder.of(config)
         self.worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-        self._mailbox = mailbox
         self.events = EventSender(mailbox if self.worker.rank == 0 else None)
+        self.events.reserved(current_reservation(mailbox))
         self.shards = open_shards(config.data.shards)
         self.plan = EpochPlan(self.shards.plan_sources, config.run.seed)
         self.total_steps = self.plan.total_steps(
@@ -94,29 +123,30 @@ class _Run:
 
     def train(self) -> None:
         """Restore, train, evaluate and checkpoint until the last step."""
-        self.events.reserved(current_reservation(self._mailbox))
-        self._restore()
+        with Watch("reading the newest checkpoint", self.events.say):
+            self._restore()
         if self.config.train.min_workers < self.config.train.max_workers:
             self.events.say(elastic_line(self.config.train, self.worker.num_ranks))
         self.scores.measure_references(self.method.branches)
         self.events.resumed(self.state.step)
         batches = self._batches()
         steps = train_steps(self.state, batches, self._loop_settings())
+        with Watch("the first step and its images", self.events.say):
+            first = list(islice(steps, 1))
         done = None
-        for done in steps:
+        for done in chain(first, steps):
             self._after_step(done)
         if self._reported_step != self.state.step:
             self._checkpoint(done.metrics if done else None)
         self._check_teachers()
 
     def _after_step(self, done: StepDone) -> None:
-        epoch = done.step * self.config.train.global_batch_size / self.plan.images_per_epoch
         if done.metrics is not None:
-            self.events.metrics(done.step, epoch, done.metrics)
+            self.events.metrics(done.step, self._epoch(), done.metrics)
             self._notices.pace(done.metrics[names.STEP_S])
         due = self._checkpoint_is_due(done)
-        if done.epoch_ended is not None:
-            self._after_epoch(done, epoch)
+        if done.epochs_ended:
+            self._after_epochs(done)
         elif due:
             self._checkpoint(done.metrics)
         if notice := self._notices.new(done.step):
@@ -133,21 +163,28 @@ class _Run:
         every = self.config.train.checkpoint_every_steps
         return (0 < 60 * minutes <= self._unsaved_s) or (every > 0 and done.step % every == 0)
 
-    def _after_epoch(self, done: StepDone, epoch: float) -> None:
-        assert done.epoch_ended is not None
-        ended = done.epoch_ended + 1
-        scores = self.scores.of_epoch(self.state.judged, ended)
+    def _epoch(self) -> float:
+        """Return how many epochs have been read; the last step may read a little of the next."""
+        read = self.state.step * self.config.train.global_batch_size
+        return min(read / self.plan.images_per_epoch, float(self.config.train.epochs))
+
+    def _after_epochs(self, done: StepDone) -> None:
+        """Evaluate, store and audit; a large batch may have ended several epochs of few images."""
+        asked = [number for number in done.epochs_ended if number < self.config.train.epochs]
+        scores = self.scores.of_epochs(self.state.judged, [number + 1 for number in asked])
         if scores:
             self._newest.add(done.step, scores)
-            self.events.metrics(done.step, epoch, scores)
+            self.events.metrics(done.step, self._epoch(), scores)
         self._checkpoint(done.metrics)
-        verdict = self.state.audit.verdict(self.plan, done.epoch_ended)
-        if self.worker.rank == 0:
-            each = "as planned" if not self.plan.reads_once() else "each once"
+        if self.worker.rank != 0:
+            return
+        each = "as planned" if not self.plan.reads_once() else "each once"
+        for number in asked:
+            verdict = self.state.audit.verdict(self.plan, number)
             self.events.say(
                 f"warning: {verdict}"
                 if verdict
-                else f"epoch {ended} read: {self.plan.images_per_epoch:,} images, {each}"
+                else f"epoch {number + 1} read: {self.plan.images_per_epoch:,} images, {each}"
             )
 
     def _batches(self) -> Iterator[HostBatch]:
@@ -189,12 +226,15 @@ class _Run:
 
     def _build_method(self) -> Method:
         teachers, caches = [], {}
-        for loaded in load_teachers(self.config):
+        with Watch("loading the teacher", self.events.say):
+            loaded_teachers = list(load_teachers(self.config))
+        for loaded in loaded_teachers:
             fits = loaded.identity.head in FITTED_HEADS
             with blaming(loaded.name):
                 teachers.append((loaded, self._fitted_head(loaded) if fits else None))
                 caches[loaded.name] = cache_of(self.config, loaded, self.shards)
-        method = build_method(self.config, teachers, device=self.worker.device)
+        with Watch("building the networks", self.events.say):
+            method = build_method(self.config, teachers, device=self.worker.device)
         for branch in method.branches:
             if (cache := caches[branch.name]) is not None:
                 with blaming(branch.name):
@@ -207,7 +247,9 @@ class _Run:
         uri = self.folder.fitted_head(loaded.name)
         if self.worker.rank == 0 and stored_head(uri, self.config, loaded) is None:
             self.events.say(fitting_line(loaded))
-            found = fit_head(loaded, self.shards, self.config, device=self.worker.device)
+            found = fit_head(
+                loaded, self.shards, self.config, device=self.worker.device, say=self.events.say
+            )
             if found.remark:
                 self.events.say(found.remark)
             save_fitted_head(uri, found.head, self.config, loaded)
@@ -290,9 +332,7 @@ class _Run:
         return {
             "step": self.state.step,
             "total_steps": self.total_steps,
-            "epoch": self.state.step
-            * self.config.train.global_batch_size
-            / self.plan.images_per_epoch,
+            "epoch": self._epoch(),
             **{branch.name: asdict(branch.identity) for branch in method.branches},
             "law_error": max(branch.law_error for branch in method.branches),
             "student": {
