@@ -88,12 +88,25 @@ def progress(what: str, unit: str = "", total: int = 0) -> Iterator[Progress]:
             thread.join()
 
 
-def counted(items: Iterable[_T], what: str, unit: str, total: int) -> Iterator[_T]:
-    """Yield the items; log every 10 s how many have been asked for."""
+def counted(
+    items: Iterable[_T],
+    what: str,
+    unit: str,
+    total: int,
+    *,
+    size: Callable[[_T], int] = lambda _: 1,
+) -> Iterator[_T]:
+    """Yield the items; log every 10 s how many have been asked for.
+
+    Args:
+        items: what is worked on.
+        what, unit, total: as for `progress`.
+        size: how many units an item is, e.g. ``len`` of a batch.
+    """
     with progress(what, unit, total) as shown:
         for item in items:
             yield item
-            shown.add()
+            shown.add(size(item))
 
 
 @contextmanager

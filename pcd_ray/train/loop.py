@@ -61,8 +61,8 @@ class StepDone:
 
     step: int
     """Optimiser steps done, this one included."""
-    epoch_ended: int | None
-    """Number of the epoch whose last image this step has read, from 0; None: none ended."""
+    epochs_ended: range
+    """Numbers of the epochs whose last image this step has read, from 0; mostly none or one."""
     metrics: dict[str, float] | None
     """Means over ranks, at logging steps and at the last one."""
 
@@ -97,7 +97,7 @@ def train_steps(
             if (queue := state.branches[0].queue) is not None:  # as full as all
                 metrics[names.QUEUE_FILL] = 100 * queue.fill
             clock.restart()
-        yield StepDone(state.step, _epoch_ended(state.step, settings), metrics)
+        yield StepDone(state.step, _epochs_ended(state.step, settings), metrics)
         clock.resume()
 
 
@@ -221,7 +221,6 @@ def _gradient_norm(student: nn.Module) -> Tensor:
     return nn.utils.get_total_norm(gradients)
 
 
-def _epoch_ended(step: int, settings: LoopSettings) -> int | None:
+def _epochs_ended(step: int, settings: LoopSettings) -> range:
     size, batch = settings.images_per_epoch, settings.global_batch_size
-    epoch = step * batch // size
-    return epoch - 1 if epoch > (step - 1) * batch // size else None
+    return range((step - 1) * batch // size, step * batch // size)

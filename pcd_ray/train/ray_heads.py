@@ -19,6 +19,7 @@ from pcd_ray.data.recipe import recipe_from
 from pcd_ray.data.shards import Shards
 from pcd_ray.distill.build_head import fit_contrastive_head, fit_pca_head
 from pcd_ray.distill.build_teacher import LoadedTeacher
+from pcd_ray.progress import counted
 from pcd_ray.seeds import derive_seed
 
 
@@ -42,7 +43,7 @@ def fit_head(
     """Fit the head that a teacher's identity names, on a sample of the run's images.
 
     Args:
-        loaded: the teacher; its backbone computes on ``device`` and is left on the CPU.
+        loaded: the teacher.
         shards: the run's images.
         config: the run.
         device: where the backbone computes.
@@ -50,12 +51,19 @@ def fit_head(
     fit = loaded.options.fit
     random = np.random.default_rng(derive_seed(config.run.seed, "head_fit"))
     rows = random.permutation(shards.num_images)[: fit.images]
+    what = f"views for the {loaded.name}'s head"
     loaded.backbone.to(device)
     if loaded.identity.head == "pca":
-        images = (views.to(device) for views in _whole_images(shards, rows, config))
-        found = FittedHead(fit_pca_head(loaded, images, fit))
+        images = counted(_whole_images(shards, rows, config), what, "views", len(rows), size=len)
+        found = FittedHead(fit_pca_head(loaded, (views.to(device) for views in images), fit))
     else:
-        several = _several_views(shards, rows, config, views=fit.views)
+        several = counted(
+            _several_views(shards, rows, config, views=fit.views),
+            what,
+            "views",
+            len(rows) * fit.views,
+            size=lambda batch: len(batch[0]),
+        )
         fitted = fit_contrastive_head(
             loaded,
             ((views.to(device), view, row) for views, view, row in several),

@@ -1,5 +1,6 @@
 """Config -> TorchTrainer -> result: what the driver does."""
 
+import contextlib
 import json
 import shlex
 from collections.abc import Callable
@@ -30,13 +31,13 @@ from pcd_ray.evaluate.references import REFERENCES
 from pcd_ray.evaluate.run_report import write_report
 from pcd_ray.export import student_of
 from pcd_ray.progress import progress
-from pcd_ray.ray_cluster import check_outlives_job
+from pcd_ray.ray_cluster import call_in_task, check_outlives_job
 from pcd_ray.ray_events import Event
 from pcd_ray.ray_fit import fit
 from pcd_ray.ray_placement import note_on_nodes, share_of_workers, wait_for_workers
 from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.train.ray_teacher_cache import build_caches
-from pcd_ray.train.ray_worker import train_worker
+from pcd_ray.train.ray_worker import check_gpu, train_worker
 from pcd_ray.train.run_log import RunLog
 from pcd_ray.train.run_plan import RunPlan, plan_run
 
@@ -105,6 +106,8 @@ def _train(
             for option, note in found.plan.notes.items():
                 log.say(f"note: {option}: {note}")
             wait_for_workers(config, found.share, say=log.say)
+            if found.share.device == "cuda":
+                call_in_task(check_gpu, share=found.share)
             build(config, found.shards, share=found.share, say=log.say)
             wait_for_workers(config, found.share, say=log.say)  # idle ones have gone meanwhile
             _fit(config, folder, found.share, log, listener)
@@ -256,15 +259,18 @@ def _fit(
         if listener is not None:
             listener(event)
 
-    fit(
-        train_worker,
-        {"config": config_to_values(config)},
-        folder=folder,
-        share=share,
-        settings=config.train,
-        num_workers=config.train.num_workers,
-        on_event=on_event,
-    )
+    with contextlib.ExitStack() as start:
+        start.enter_context(progress("starting the workers"))
+        said["reserved"] = lambda _: start.close()
+        fit(
+            train_worker,
+            {"config": config_to_values(config)},
+            folder=folder,
+            share=share,
+            settings=config.train,
+            num_workers=config.train.num_workers,
+            on_event=on_event,
+        )
 
 
 def _finish(

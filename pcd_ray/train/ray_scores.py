@@ -17,8 +17,9 @@ from pcd_ray.evaluate.eval_sets import KnnImages, open_knn_images, open_probe
 from pcd_ray.evaluate.references import store_references, stored_references
 from pcd_ray.evaluate.segment.segmentation import linear_probe_miou
 from pcd_ray.evaluate.shared_scores import store_knn, stored_knn
+from pcd_ray.progress import progress
 from pcd_ray.ray_events import EventSender
-from pcd_ray.train.ranks import Worker, from_rank_zero, gathered
+from pcd_ray.train.ranks import Worker, from_rank_zero
 from pcd_ray.train.state import average_batchnorm
 
 
@@ -34,15 +35,18 @@ class RunScores:
         for line in self.knn_images.left_out if self.knn_images else ():
             events.say(f"note: kNN: {line}")
 
-    def of_epoch(self, student: Student, ended: int) -> dict[str, float]:
-        """Return what the student scores after an epoch (from 1), as asked; a collective."""
+    def of_epochs(self, student: Student, ended: Sequence[int]) -> dict[str, float]:
+        """Return what the student scores where asked for after one of these epochs (from 1).
+
+        Several epochs that end with one step have the same student; a collective.
+        """
         config, scores = self.config, dict[str, float]()
         knn_every, probe_every = config.eval.every_epochs, config.eval.probe_every_epochs
-        if knn_every and self.knn_images is not None and ended % knn_every == 0:
+        if knn_every and self.knn_images is not None and any(n % knn_every == 0 for n in ended):
             average_batchnorm(student)
-            found = self._knn(student.backbone)
+            found = self._knn(student.backbone, "the student")
             scores |= {names.KNN_TOP1: found[max(found)], names.KNN1_TOP1: found[1]}
-        if probe_every and ended % probe_every == 0:
+        if probe_every and any(n % probe_every == 0 for n in ended):
             average_batchnorm(student)
             scores[names.SEGMENTATION_MIOU] = self._probe(student.backbone)
         return scores
@@ -58,21 +62,21 @@ class RunScores:
         found = {}
         for branch in branches:
             backbone = branch.teacher.backbone.to(self.worker.device)
-            found[branch.name] = self._shared_knn(backbone, sets)
+            found[branch.name] = self._shared_knn(backbone, sets, f"the {branch.name}")
             if self.config.teachers[branch.name].cache.views:  # else it is needed there
                 backbone.cpu()
         untrained = build_student(self.config, []).backbone.to(self.worker.device)
-        found["untrained"] = self._shared_knn(untrained, sets)
+        found["untrained"] = self._shared_knn(untrained, sets, "the untrained student")
         if self.worker.rank == 0:
             store_references(self.folder, self.config, found, sets)
             listed = ", ".join(f"{branch.name} {found[branch.name]:.1f}%" for branch in branches)
             self.events.say(f"kNN top-1: {listed}, untrained student {found['untrained']:.1f}%")
 
-    def _shared_knn(self, network: Backbone, sets: Sequence[str]) -> float:
+    def _shared_knn(self, network: Backbone, sets: Sequence[str], name: str) -> float:
         """Return the kNN of a network that training does not change, maybe of another run."""
         zero = self.worker.rank == 0
         stored = stored_knn(self.config, network, sets) if zero else None
-        found: dict[int, float] = from_rank_zero(stored) or self._knn(network)
+        found: dict[int, float] = from_rank_zero(stored) or self._knn(network, name)
         if zero and stored is None:
             store_knn(self.config, network, sets, found)
         return found[max(found)]
@@ -84,12 +88,13 @@ class RunScores:
             data = open_probe(self.config)
             assert data is not None  # the configuration demands it
             was_training = network.training
-            result = linear_probe_miou(network.eval(), data, seed=self.config.run.seed)
+            with progress("linear probe of the student"):
+                result = linear_probe_miou(network.eval(), data, seed=self.config.run.seed)
             network.train(was_training)
             miou = result.scores["val"].miou_pct
         return float(from_rank_zero(miou))
 
-    def _knn(self, network: nn.Module) -> dict[int, float]:
+    def _knn(self, network: nn.Module, name: str) -> dict[int, float]:
         """Return top-1 in percent by number of neighbours; a collective."""
         assert isinstance(self.knn_images, KnnImages)
         was_training = network.training
@@ -100,7 +105,7 @@ class RunScores:
             device=self.worker.device,
             rank=self.worker.rank,
             num_ranks=self.worker.num_ranks,
-            gather=gathered,
+            name=name,
         )
         network.train(was_training)
         return scores

@@ -28,13 +28,12 @@ from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teacher, 
 from pcd_ray.distill.teacher import FrozenTeacher
 from pcd_ray.distill.weights import tensors_sha256
 from pcd_ray.errors import CheckpointError, WeightsError
+from pcd_ray.progress import progress
 from pcd_ray.ray_cluster import call_in_task
 from pcd_ray.ray_placement import share_of_pool
 from pcd_ray.ray_shares import WorkerShare
 from pcd_ray.train.ray_heads import fit_head, fitting_line
 from pcd_ray.train.teacher_cache import TeacherCache, cache_of, in_float16
-
-_SAY_EVERY_S = 10.0
 
 
 def build_caches(
@@ -138,7 +137,9 @@ class _Build:
         config, loaded, uri = self.config, self.loaded, self.cache.shared_head_uri
         if stored_head(uri, config, loaded) is None:
             self.say(fitting_line(loaded))
-            remark = call_in_task(_fit_and_store, config, self.cache, self.share, share=self.share)
+            task = config, self.cache, self.share
+            what = f"fitting the {loaded.name}'s head"
+            remark = call_in_task(_fit_and_store, *task, share=self.share, what=what)
             if remark:
                 self.say(remark)
         head = stored_head(uri, config, loaded)
@@ -172,20 +173,13 @@ class _Build:
         blocks = stream_through_pool(
             make, pool, len(parts), data=config.data, chunks_ahead=pool.size
         )
-        started = said = time.monotonic()
-        done = 0
-        with closing(blocks):
-            for block in blocks:
-                done += len(maps.records(int(block["part"][0])))
-                now = time.monotonic()
-                if now - said >= _SAY_EVERY_S and there + done < maps.num_records:
-                    said = now
-                    self.say(
-                        f"{self.cache.name} cache: {there + done:,} of {maps.num_records:,} maps, "
-                        f"{done / (now - started):,.0f}/s"
-                    )
+        started, name = time.monotonic(), f"{self.cache.name} cache"
+        computed = maps.num_records - there
+        with closing(blocks), progress(name, "maps", computed) as shown:
+            for block in blocks:  # the actors have stored it
+                shown.add(len(maps.records(int(block["part"][0]))))
         took = time.monotonic() - started
-        self.say(f"{self.cache.name} cache: {done:,} maps computed in {took:,.0f} s")
+        self.say(f"{name}: {computed:,} maps computed in {took:,.0f} s")
 
     def _pool(self, sha256: str, *, most: int) -> ActorPool:
         """Return the actors that hold the teacher of this hash, at most ``most``."""

@@ -2,9 +2,11 @@
 
 import functools
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, islice
 from typing import Any
 
 import ray.train
@@ -37,8 +39,9 @@ from pcd_ray.distill.build import Method, build_method
 from pcd_ray.distill.build_head import FITTED_HEADS, save_fitted_head, stored_head
 from pcd_ray.distill.build_teacher import LoadedTeacher, blaming, load_teachers
 from pcd_ray.distill.weights import tensors_sha256
-from pcd_ray.errors import CheckpointError, TrainingError
+from pcd_ray.errors import CheckpointError, ClusterError, TrainingError
 from pcd_ray.patient_files import patient_filesystem
+from pcd_ray.progress import progress, sending_to
 from pcd_ray.ray_cluster import current_reservation
 from pcd_ray.ray_events import EventSender
 from pcd_ray.ray_fit import until_it_cannot
@@ -62,21 +65,50 @@ def train_worker(values: dict[str, Any]) -> None:
     """
     config = config_from_values(values["config"])
     torch.set_num_threads(values["threads"])
-    until_it_cannot(RunFolder.of(config), lambda: _Run(config, values["mailbox"]).train())
+    mailbox = values["mailbox"]
+    events = EventSender(mailbox if ray.train.get_context().get_world_rank() == 0 else None)
+    events.reserved(current_reservation(mailbox))
+    with sending_to(events.say):
+        until_it_cannot(RunFolder.of(config), lambda: _Run(config, events).train())
+
+
+def check_gpu() -> None:
+    """Check, in a task that Ray gave a GPU, that torch can use it.
+
+    Raises:
+        ClusterError: it cannot; NCCL and networks would fail without saying why.
+    """
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        why = str(error).strip().splitlines()[0]
+        raise ClusterError(unusable_gpu(socket.gethostname(), torch.version.cuda, why)) from None
+
+
+def unusable_gpu(node: str, built_for: str | None, why: str) -> str:
+    """Return what to do about a GPU that torch, built for a version of CUDA, cannot use."""
+    if built_for is None:
+        fix = "torch is built without CUDA there: install a build with CUDA"
+    else:
+        fix = (
+            f"torch is built for CUDA {built_for} there: update the NVIDIA driver to one for that "
+            "version or a newer one (nvidia-smi prints which it is for), or install a torch build "
+            "for the driver's version"
+        )
+    return f"node {node} has a GPU that torch cannot use ({why}); {fix}, or set train.device=cpu"
 
 
 class _Run:
     """One worker's part of a run, from the first to the last step."""
 
-    def __init__(self, config: Config, mailbox: str) -> None:
+    def __init__(self, config: Config, events: EventSender) -> None:
         context = ray.train.get_context()
         device = ray.train.torch.get_device()
         assert isinstance(device, torch.device)
         self.config = config
         self.folder = RunFolder.of(config)
         self.worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-        self._mailbox = mailbox
-        self.events = EventSender(mailbox if self.worker.rank == 0 else None)
+        self.events = events
         self.shards = open_shards(config.data.shards)
         self.plan = EpochPlan(self.shards.plan_sources, config.run.seed)
         self.total_steps = self.plan.total_steps(
@@ -95,29 +127,30 @@ class _Run:
 
     def train(self) -> None:
         """Restore, train, evaluate and checkpoint until the last step."""
-        self.events.reserved(current_reservation(self._mailbox))
-        self._restore()
+        with progress("reading the newest checkpoint"):
+            self._restore()
         if self.config.train.min_workers < self.config.train.max_workers:
             self.events.say(elastic_line(self.config.train, self.worker.num_ranks))
         self.scores.measure_references(self.method.branches)
         self.events.resumed(self.state.step)
         batches = self._batches()
         steps = train_steps(self.state, batches, self._loop_settings())
+        with progress("the first step and its images"):
+            first = list(islice(steps, 1))
         done = None
-        for done in steps:
+        for done in chain(first, steps):
             self._after_step(done)
         if self._reported_step != self.state.step:
             self._checkpoint(done.metrics if done else None)
         self._check_teachers()
 
     def _after_step(self, done: StepDone) -> None:
-        epoch = self._epoch(done.step)
         if done.metrics is not None:
-            self.events.metrics(done.step, epoch, done.metrics)
+            self.events.metrics(done.step, self._epoch(), done.metrics)
             self._notices.pace(done.metrics[names.STEP_S])
         due = self._checkpoint_is_due(done)
-        if done.epoch_ended is not None:
-            self._after_epoch(done, epoch)
+        if done.epochs_ended:
+            self._after_epochs(done)
         elif due:
             self._checkpoint(done.metrics)
         if notice := self._notices.new(done.step):
@@ -134,21 +167,28 @@ class _Run:
         every = self.config.train.checkpoint_every_steps
         return (0 < 60 * minutes <= self._unsaved_s) or (every > 0 and done.step % every == 0)
 
-    def _after_epoch(self, done: StepDone, epoch: float) -> None:
-        assert done.epoch_ended is not None
-        ended = min(done.epoch_ended + 1, self.config.train.epochs)  # the last step may read on
-        scores = self.scores.of_epoch(self.state.judged, ended)
+    def _epoch(self) -> float:
+        """Return how many epochs have been read."""
+        options = self.config.train
+        return self.plan.epochs_read(self.state.step, options.global_batch_size, options.epochs)
+
+    def _after_epochs(self, done: StepDone) -> None:
+        """Evaluate, store and audit; a large batch may have ended several epochs of few images."""
+        asked = [number for number in done.epochs_ended if number < self.config.train.epochs]
+        scores = self.scores.of_epochs(self.state.judged, [number + 1 for number in asked])
         if scores:
             self._newest.add(done.step, scores)
-            self.events.metrics(done.step, epoch, scores)
+            self.events.metrics(done.step, self._epoch(), scores)
         self._checkpoint(done.metrics)
-        verdict = self.state.audit.verdict(self.plan, ended - 1)
-        if self.worker.rank == 0:
-            each = "as planned" if not self.plan.reads_once() else "each once"
+        if self.worker.rank != 0:
+            return
+        each = "as planned" if not self.plan.reads_once() else "each once"
+        for number in asked:
+            verdict = self.state.audit.verdict(self.plan, number)
             self.events.say(
                 f"warning: {verdict}"
                 if verdict
-                else f"epoch {ended} read: {self.plan.images_per_epoch:,} images, {each}"
+                else f"epoch {number + 1} read: {self.plan.images_per_epoch:,} images, {each}"
             )
 
     def _batches(self) -> Iterator[HostBatch]:
@@ -190,12 +230,15 @@ class _Run:
 
     def _build_method(self) -> Method:
         teachers, caches = [], {}
-        for loaded in load_teachers(self.config):
+        with progress("loading the teacher"):
+            loaded_teachers = list(load_teachers(self.config))
+        for loaded in loaded_teachers:
             fits = loaded.identity.head in FITTED_HEADS
             with blaming(loaded.name):
                 teachers.append((loaded, self._fitted_head(loaded) if fits else None))
                 caches[loaded.name] = cache_of(self.config, loaded, self.shards)
-        method = build_method(self.config, teachers, device=self.worker.device)
+        with progress("building the networks"):
+            method = build_method(self.config, teachers, device=self.worker.device)
         for branch in method.branches:
             if (cache := caches[branch.name]) is not None:
                 with blaming(branch.name):
@@ -286,17 +329,13 @@ class _Run:
         self._reported_step = self.state.step
         self._unsaved_s = 0.0
 
-    def _epoch(self, step: int) -> float:
-        options = self.config.train
-        return self.plan.epochs_read(step, options.global_batch_size, options.epochs)
-
     def _about(self, metrics: dict[str, Any]) -> dict[str, Any]:
         method = self.method
         backbone = method.student.backbone
         return {
             "step": self.state.step,
             "total_steps": self.total_steps,
-            "epoch": self._epoch(self.state.step),
+            "epoch": self._epoch(),
             **{branch.name: asdict(branch.identity) for branch in method.branches},
             "law_error": max(branch.law_error for branch in method.branches),
             "student": {

@@ -6,9 +6,11 @@ Shapes: N training images, M test images, C channels, L labels, k neighbours.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcd_ray.distill.feature_queue import gather_rows
 from pcd_ray.errors import ConfigError, ShardError
 from pcd_ray.evaluate.features import check_finite
 
@@ -16,6 +18,11 @@ TEMPERATURE = 0.07
 """Of the votes, as the field has it."""
 _MAX_CHUNK_VALUES = 2**24  # 64 MiB of float32 similarities at a time
 _MAX_VOTERS = 2**18  # compared at a time; more are merged block by block
+
+
+def part_of(rank: int, num_ranks: int, count: int) -> tuple[int, int]:
+    """Return the rows [start, stop) of ``count`` whose features a rank computes."""
+    return rank * count // num_ranks, (rank + 1) * count // num_ranks
 
 
 def knn_top1_pct(  # noqa: PLR0913 - as of `knn_hits`
@@ -27,21 +34,36 @@ def knn_top1_pct(  # noqa: PLR0913 - as of `knn_hits`
     ks: Sequence[int],
     temperature: float = TEMPERATURE,
     leave_one_out: bool = False,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> dict[int, float]:
     """Return the top-1 accuracy in percent for each number of neighbours in ``ks``.
 
-    Arguments and errors are those of `knn_hits`.
+    A collective over ``num_ranks`` ranks: each gives the features of its own rows, as `part_of`
+    has them, on its device, and the labels of all rows. It classifies its own test images by all
+    training images, and the ranks add up their hits: the same as one rank with all rows gets.
+
+    Arguments and errors are otherwise those of `knn_hits`.
     """
-    hits = knn_hits(
-        train_features,
-        train_labels,
-        test_features,
-        test_labels,
-        ks=ks,
-        temperature=temperature,
-        leave_one_out=leave_one_out,
-    )
-    return {k: 100 * int(right.sum()) / len(right) for k, right in hits.items()}
+    parts = [part_of(each, num_ranks, len(train_labels)) for each in range(num_ranks)]
+    start, stop = part_of(rank, num_ranks, len(test_labels))
+    hits = torch.zeros(len(ks), dtype=torch.int64, device=test_features.device)
+    voters = gather_rows(train_features, [stop - start for start, stop in parts])
+    if start < stop or len(test_labels) == 0:  # of few images some ranks have none
+        found = knn_hits(
+            voters,
+            train_labels,
+            test_features,
+            test_labels[start:stop],
+            ks=ks,
+            temperature=temperature,
+            leave_one_out=leave_one_out,
+            first_row=start,
+        )
+        hits = torch.stack([right.sum() for right in found.values()]).to(hits.device)
+    if num_ranks > 1:
+        dist.all_reduce(hits)
+    return {k: 100 * right / len(test_labels) for k, right in zip(ks, hits.tolist(), strict=True)}
 
 
 def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
@@ -54,6 +76,7 @@ def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
     temperature: float = TEMPERATURE,
     device: torch.device | None = None,
     leave_one_out: bool = False,
+    first_row: int = 0,
 ) -> dict[int, Tensor]:
     """Return which test images are classified rightly, (M,) bool, for each k in ``ks``.
 
@@ -69,7 +92,9 @@ def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
         ks: numbers of neighbours, each in [1, N].
         temperature: > 0; lower trusts the nearest neighbours more.
         device: where to compute, a chunk at a time; None: where the test features are.
-        leave_one_out: test image i is training image i, which does not vote for itself.
+        leave_one_out: test image i is training image ``first_row`` + i, which does not vote for
+            itself.
+        first_row: training row of the first test image, where one is left out.
 
     Raises:
         ConfigError: a k is below 1 or above N, or above N - 1 where one is left out.
@@ -81,7 +106,7 @@ def knn_hits(  # noqa: PLR0913 - two labelled sets, and how they are compared
     labels, votes_for = train_labels.to(device).unique(return_inverse=True)  # (L,), (N,)
     chunk = max(1, _MAX_CHUNK_VALUES // max(min(len(train_features), _MAX_VOTERS), len(labels)))
     right: dict[int, list[Tensor]] = {k: [] for k in ks}
-    numbers = torch.arange(len(test_features), device=device)
+    numbers = first_row + torch.arange(len(test_features), device=device)
     for own, rows, truth in zip(
         numbers.split(chunk), test_features.split(chunk), test_labels.split(chunk), strict=True
     ):
