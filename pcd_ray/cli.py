@@ -279,7 +279,8 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
             )
     overridden(Config(), overrides)  # a wrong option is told before a checkpoint is read
     stored = find_checkpoint(absolute(run))
-    return export_checkpoint(stored, overridden(stored.config, overrides).export).summary()
+    result = export_checkpoint(stored, overridden(stored.config, overrides).export)
+    return result.summary() if options.json else result.overview()
 
 
 _VERBS: tuple[tuple[str, str, Callable[[argparse.Namespace], dict[str, Any]], str], ...] = (
@@ -325,7 +326,10 @@ def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
     rows = list(_rows(summary, prefix))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        lines = textwrap.wrap(value, _LINE, break_long_words=False) or [""]
+        if "\n" in value:  # lines to be copied
+            print(f"\n{value}")
+            continue
+        lines = textwrap.wrap(value, _LINE, break_long_words=False, break_on_hyphens=False) or [""]
         print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 

@@ -49,6 +49,29 @@ class ExportResult:
         """Return the result as plain data."""
         return asdict(self)
 
+    def overview(self) -> dict[str, Any]:
+        """Return where the files are and how to load the backbone, without the metadata."""
+        return {k: v for k, v in self.summary().items() if k != "metadata"} | {
+            "load": self.snippet()
+        }
+
+    def snippet(self) -> str:
+        """Return the Python that loads the backbone; a file in a bucket is to be copied first."""
+        kwargs = json.loads(self.metadata["timm_kwargs"])
+        arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
+        file = storage.name_of(self.path) if storage.is_remote(self.path) else self.path
+        lines = [
+            "import safetensors.torch, timm",
+            f"model = timm.create_model({self.backbone!r}, num_classes=0{arguments})",
+            f"model.load_state_dict(safetensors.torch.load_file({file!r}))",
+        ]
+        if tap := self.metadata["timm_tap"]:
+            lines.append(
+                f"# trained up to stage {tap}: model.forward_intermediates(images, "
+                f"indices=[{tap}], stop_early=True, intermediates_only=True)[0]"
+            )
+        return "\n".join(lines)
+
 
 def export(run: str, export_config: ExportConfig | None = None) -> ExportResult:
     """Write the student's backbone of a run or checkpoint, with where it comes from.

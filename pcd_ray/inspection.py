@@ -138,11 +138,11 @@ def _statistics(values: tuple[float, ...] | None) -> list[float] | str:
 def _checkpoint(uri: str, kind: str) -> InspectResult:
     stored = find_checkpoint(uri)
     steps = checkpoint_steps(RunFolder(uri)) if kind == "run" else [stored.about["step"]]
-    keys = ("step", "total_steps", "epoch", *stored.config.teachers)
-    facts = {key: stored.about[key] for key in keys}
+    facts = {key: stored.about[key] for key in ("step", "total_steps", "epoch")}
     return InspectResult(
         kind,
         facts
+        | {name: _identity(stored.about[name]) for name in stored.config.teachers}
         | {
             "student": stored.about["student"]["backbone"],
             "loss": stored.config.loss.kind,
@@ -157,3 +157,8 @@ def _checkpoint(uri: str, kind: str) -> InspectResult:
             "verified": "the state's hash matches",
         },
     )
+
+
+def _identity(teacher: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of a teacher, its hash told apart from that of a file."""
+    return {("tensors_sha256" if k == "sha256" else k): v for k, v in teacher.items()}

@@ -27,7 +27,7 @@ class TeacherIdentity:
     head: str
     """Its projection head: ``published``, ``pca``, ``contrastive`` or ``none``."""
     sha256: str = ""
-    """Hash of all weights, head included."""
+    """SHA-256 of all tensors as they are loaded, head included; that of the file is another."""
 
 
 class FrozenTeacher(nn.Module):

@@ -484,10 +484,17 @@ def test_a_bad_input_is_one_message_with_its_fix_and_costs_nothing(
 def test_a_dry_run_says_what_would_happen_and_trains_nothing(
     bad: BadInput, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = content_of(bad.folder)
+    cache = "teacher.cache.views=1"
+    assert bad.run("run.name=dry", f"run.root={bad.folder}/new/runs", cache, "--dry-run") == 0
+    assert bad.run("run.name=dry", "train.num_workers=4", "--dry-run") == 2
+    capsys.readouterr()
     assert bad.run("run.name=dry", "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["steps"], plan["images"], plan["batch_size_per_worker"]) == (STEPS, NUM_IMAGES, 2)
     assert plan["queue_fill_steps"] == 8
     assert plan["eval_read"]["eval.knn_test"] == "all 12 images"
     assert plan["law_error"] < 1e-9
-    assert not (Path(bad.config.run.root) / "dry" / "checkpoints").exists()
+    assert content_of(bad.folder) == before
+    assert not (bad.folder / "new").exists()
+    assert not (Path(bad.config.run.root) / "dry").exists()

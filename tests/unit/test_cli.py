@@ -258,6 +258,22 @@ def test_export_does_what_the_runs_options_say_unless_it_is_told_otherwise(
     assert usual["neck_path"] == ""
 
 
+def test_an_export_is_printed_with_the_lines_that_load_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = store_run(tmp_path, 1)
+    assert main(["export", folder.uri]) == 0
+    out = capsys.readouterr().out
+    path = folder.file("exported", "test_resnet.safetensors")
+    assert out.splitlines()[0].split() == ["path", path]
+    assert out.splitlines()[-3:] == [
+        "import safetensors.torch, timm",
+        "model = timm.create_model('test_resnet', num_classes=0)",
+        f"model.load_state_dict(safetensors.torch.load_file({path!r}))",
+    ]
+    assert "base_lr" not in out
+
+
 def test_a_script_of_jobs_is_the_verb(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / "export.py"), str(tmp_path / "nowhere")],

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ def test_the_file_gives_the_checkpoints_features_in_timm(
     weights = safetensors.torch.load_file(result.path)
     assert weights.keys() == own.keys()
     assert all(torch.equal(weights[key], own[key]) for key in own)
+    loaded: dict[str, torch.nn.Module] = {}
+    exec(result.snippet(), loaded)  # as the command prints it
+    model = loaded["model"].state_dict()
+    assert all(torch.equal(model[key], own[key]) for key in own)
 
 
 def test_weights_with_channels_innermost_are_laid_out_for_everyone(tmp_path: Path) -> None:
@@ -99,6 +104,19 @@ def test_the_file_says_where_it_comes_from(tmp_path: Path) -> None:
     assert summary["parameters"] == sum(
         p.numel() for p in timm.create_model("test_resnet", num_classes=0).parameters()
     )
+
+
+def test_how_to_load_it_says_what_is_special(tmp_path: Path) -> None:
+    student = {"backbone": "mobilenetv3_small_050", "output_stride": 16}
+    folder, _ = store_run(tmp_path, 3, student=student)
+    result = export(folder.uri)
+    lines = replace(result, path="s3://bucket/a b.safetensors").snippet().splitlines()
+    assert lines[2] == "model.load_state_dict(safetensors.torch.load_file('a b.safetensors'))"
+    tap = result.metadata["timm_tap"]
+    assert lines[3].startswith(f"# trained up to stage {tap}: model.forward_intermediates(images")
+    overview = result.overview()
+    assert overview.pop("load") == result.snippet()
+    assert overview == {k: v for k, v in result.summary().items() if k != "metadata"}
 
 
 def test_an_older_step_and_a_place_can_be_chosen(tmp_path: Path) -> None:
