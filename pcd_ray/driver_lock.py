@@ -5,7 +5,8 @@ all marks; one that sees the mark of another live driver withdraws its own and l
 that start together, at least one sees the other, so they never both continue.
 
 A driver refreshes its mark while it runs. On its own machine it is known by its process, so that a
-killed one is followed at once; elsewhere a mark that is no longer refreshed counts as stale.
+killed one is followed at once; elsewhere a mark that is no longer refreshed counts as stale. It is
+watched for a while, whatever its age: clocks of machines differ.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ REFRESH_S = 10.0
 STALE_S = 240.0
 """Age of a mark whose driver counts as dead, seen from another machine: longer than a driver waits
 for storage that is unavailable."""
+_WATCH_S = 3 * REFRESH_S  # how long a mark is watched at least, however old it claims to be
 _PAUSE_S = (0.5, 1.5)  # random, so that two that withdrew together do not return together
 _UNKNOWN = "unknown"  # when a process began, where its system does not say
 _FILE = re.compile(r"driver-([0-9a-f]{12})\.json")
@@ -82,11 +84,10 @@ class Mark:
         values = storage.parse_json(text)
         return cls(Process(**values["process"]), float(values["since"]), float(values["refreshed"]))
 
-    def is_stale(self, now: float) -> bool:
-        """Whether its driver is dead, as far as can be seen from here."""
-        if self.process.is_near:
-            return not self.process.is_alive
-        return now - self.refreshed > STALE_S
+    @property
+    def is_dead(self) -> bool:
+        """Whether its driver is seen to have ended; of another machine's, nothing is seen."""
+        return self.process.is_near and not self.process.is_alive
 
 
 class Marks(Protocol):
@@ -199,7 +200,7 @@ class DriverLock:
         self._marks.write(self._token, json.dumps(asdict(mark)))
 
     def _others(self) -> dict[str, Mark]:
-        """Return the marks of other live drivers; stale ones are removed."""
+        """Return the marks of other drivers; those of dead ones are removed."""
         found = {}
         for token, text in self._marks.read().items():
             try:
@@ -207,38 +208,38 @@ class DriverLock:
             except (ValueError, TypeError, KeyError):
                 self._marks.clear(token)
                 continue
-            if mark.process == self._process:
-                continue
-            if mark.is_stale(self._clock()):
+            if mark.is_dead:
                 self._marks.clear(token)
-            else:
+            elif mark.process != self._process:
                 found[token] = mark
         return found
 
     def _wait_for(self, others: dict[str, Mark], say: Callable[[str], None]) -> None:
-        """Return once these drivers have gone or are stale.
+        """Return once these drivers have gone; remove their marks if they prove to be stale.
 
         Raises:
             InUseError: one of them is alive.
         """
+        patience, waited, left = 0.0, 0.0, others
         for mark in others.values():
             if not mark.process.is_near:
-                say(self._waiting(mark))
-        left = others
-        while left:
-            self._sleep(random.uniform(*_PAUSE_S))
-            now = self._others()
-            left = {token: mark for token, mark in now.items() if token in others}
+                age = max(0.0, self._clock() - mark.refreshed)
+                patience = max(patience, STALE_S - age, _WATCH_S)
+                say(
+                    f"{self._marks.name}: process {mark.process.pid} on {mark.process.host} was "
+                    f"working here {age:.0f} s ago; waiting up to {patience:.0f} s to see whether "
+                    "it still is"
+                )
+        while left and waited <= patience:
+            pause = random.uniform(*_PAUSE_S)
+            self._sleep(pause)
+            waited += pause
+            left = {token: mark for token, mark in self._others().items() if token in others}
             for token, mark in left.items():
                 if mark.process.is_near or mark != others[token]:
                     raise self._in_use(mark)
-
-    def _waiting(self, mark: Mark) -> str:
-        age = max(0.0, self._clock() - mark.refreshed)
-        return (
-            f"{self._marks.name}: process {mark.process.pid} on {mark.process.host} was working "
-            f"here {age:.0f} s ago; waiting up to {STALE_S - age:.0f} s to see whether it still is"
-        )
+        for token in left:
+            self._marks.clear(token)
 
     def _in_use(self, mark: Mark) -> InUseError:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(mark.since))

@@ -18,7 +18,7 @@ from pcd_ray import storage
 from pcd_ray.checkpoint import RunFolder
 from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.data.shards import open_shards
-from pcd_ray.driver_lock import driving
+from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray.errors import ClusterError, ConfigError
 from pcd_ray.ray_cluster import check_outlives_job, environment
 from pcd_ray.ray_fit import stopped_in_order
@@ -115,7 +115,8 @@ def sweep(config: Config) -> SweepResult:
     ready = None if found else _checked(config)
     opened = found or new_study(config, folder)
     if trials_left(config, opened):
-        with driving(StudyMarks(opened)):
+        # trials in a database may be reached from machines that do not share the folder
+        with driving(FolderMarks(folder.uri, "run.name")), driving(StudyMarks(opened)):
             ready = ready or _checked(config)
             begin_study(opened, config, space, story)
             storage.write_text(folder.file("sweep.yaml"), to_yaml(_without_secrets(config)))

@@ -311,6 +311,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_keeps_what_was(
     assert checkpoint_steps(RunFolder.of(config)) == [20]
 
 
+def test_workers_compare_the_options_of_the_checkpoint_that_they_load(
+    reference: Reference,
+) -> None:
+    """Between the driver's look and theirs, another one has written into the folder."""
+    config = half_way(reference, "written_into")
+    mark = Path(RunFolder.of(config).checkpoints) / "step_00000020" / "checkpoint.json"
+
+    def write(*_: Any, **__: Any) -> int:
+        about = json.loads(mark.read_text())
+        about["config"]["run"]["seed"] = 5
+        mark.write_text(json.dumps(about))
+        return 0
+
+    with pytest.raises(CheckpointError, match=r"a run at step 20 .*\n  run\.seed: 5 -> 0\n"):
+        train(config, build=write)
+    assert checkpoint_steps(RunFolder.of(config)) == [20]
+
+
 def test_an_image_that_is_damaged_after_packing_is_named(
     reference: Reference, tmp_path: Path
 ) -> None:

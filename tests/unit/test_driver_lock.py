@@ -120,25 +120,36 @@ def test_a_later_process_of_the_same_id_is_another(marks: Marks, clock: Clock) -
     assert "long ago" not in "".join(marks.read().values())
 
 
-@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"machine": "container"}])
+@pytest.mark.parametrize(
+    ("change", "age", "wait"),
+    [
+        ({"host": "elsewhere"}, 100, STALE_S - 100),
+        ({"machine": "container"}, 100, STALE_S - 100),
+        ({"host": "elsewhere"}, 9000, 3 * REFRESH_S),
+        ({"host": "elsewhere"}, -500, STALE_S),  # its clock is ahead
+    ],
+)
 def test_a_driver_that_cannot_be_seen_is_waited_for_until_its_mark_is_stale(
-    marks: Marks, clock: Clock, change: dict[str, Any]
+    marks: Marks, clock: Clock, change: dict[str, Any], age: float, wait: float
 ) -> None:
     """A retried job, whose first machine died: it starts without anybody's doing."""
     lines: list[str] = []
     lock_of(marks, clock, elsewhere(**change)).take(refuse_to_wait)
+    clock.now += age
     began = clock.now
-    clock.now += 100
     lock_of(marks, clock).take(lines.append)
-    assert STALE_S < clock.now - began < STALE_S + 3
+    assert wait < clock.now - began < wait + 3
     (line,) = lines
-    assert "was working here 100 s ago; waiting up to 140 s" in line
+    assert f"was working here {max(age, 0)} s ago; waiting up to {wait:.0f} s" in line
+    assert len(marks.read()) == 1
 
 
+@pytest.mark.parametrize("behind", [0, 900])
 def test_a_driver_that_cannot_be_seen_but_refreshes_its_mark_is_left_alone(
-    marks: Marks, clock: Clock
+    marks: Marks, clock: Clock, behind: float
 ) -> None:
-    there = lock_of(marks, clock, elsewhere())
+    """Also if its clock is behind, so that its marks look old."""
+    there = DriverLock(marks, elsewhere(), clock=lambda: clock.now - behind)
     there.take(refuse_to_wait)
     clock.events.append((clock.now + REFRESH_S, there.refresh))
     began = clock.now
@@ -200,8 +211,7 @@ def test_of_two_that_begin_at_the_same_moment_one_goes_on(
 def test_a_driver_that_was_taken_for_dead_finds_out(marks: Marks, clock: Clock) -> None:
     slept = lock_of(marks, clock, elsewhere())
     slept.take(refuse_to_wait)
-    clock.now += STALE_S + 1
-    lock_of(marks, clock).take(refuse_to_wait)
+    lock_of(marks, clock).take(lambda _: None)
     slept.refresh()
     assert slept.is_lost
     slept.release()  # nothing of its own is left
