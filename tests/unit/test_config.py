@@ -252,6 +252,12 @@ def test_overrides_win_over_the_file_and_are_yaml(tmp_path: Path) -> None:
         ("teacher.fit: {dim: 3}", [], "write teacher: {fit: {dim: 3}}"),
         ("train: {train.epochs: 3}", [], "write train: {epochs: 3}"),
         ("optim.base_lrr: 0.1", [], "did you mean optim.base_lr?"),
+        (
+            "tune.storage: 'postgresql://me:pw@host/db'",
+            [],
+            "write tune: {storage: 'postgresql://***'}",
+        ),
+        ("run: \x07", [], "a.yaml: is not YAML (unacceptable character #x0007: special characters"),
     ],
 )
 def test_a_bad_file_or_override_is_refused_in_words(
