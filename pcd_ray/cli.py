@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--result", metavar="FILE", help="write exit code, error, summary there")
         if name == "demo":
             verb.add_argument(
-                "--quick", action="store_true", help="a minute: all parts run, scores mean little"
+                "--quick", action="store_true", help="all parts on little data: scores mean little"
             )
         if name == "train":
             verb.add_argument(
