@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -308,13 +309,15 @@ def test_text_behind_an_equals_sign_is_taken_as_it_is(text: str) -> None:
         ("data.sources={uri: a b, weight: 2}", (("a b", 2.0),)),
         ("tune.space={optim.base_lr: {log: [3e-2, +1]}}", {"optim.base_lr": {"log": [0.03, 1]}}),
         ("tune.space={loss.kind: {choice: [1e3, on]}}", {"loss.kind": {"choice": ["1e3", "on"]}}),
+        ("tune.space.loss.kind={choice: [1e3, on]}", {"loss": {"kind": {"choice": ["1e3", "on"]}}}),
+        ("tune.space.optim.base_lr={log: [3e-2, 1]}", {"optim": {"base_lr": {"log": [0.03, 1]}}}),
     ],
 )
 def test_the_type_of_an_option_says_how_its_value_is_read_here_and_in_a_file(
     override: str, value: Any, tmp_path: Path
 ) -> None:
     name, _, text = override.partition("=")
-    option = name.removesuffix(".zone").removesuffix(".a")
+    option = re.sub(r"\.(zone|a|loss\.kind|optim\.base_lr)$", "", name)
     (tmp_path / "a.yaml").write_text(
         "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(name.split(".")))[:-1]
         + f" {text}"
