@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--result", metavar="FILE", help="write exit code, error, summary there")
         if name == "demo":
             verb.add_argument(
-                "--quick", action="store_true", help="a minute: all parts run, scores mean little"
+                "--quick", action="store_true", help="all parts on little data: scores mean little"
             )
         if name == "train":
             verb.add_argument(
@@ -230,6 +230,8 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     kind, *words = options.words or [""]
     # without a section it is a student: a run's folder may be called lr=0.1
     overrides = [word for word in words if is_override(word) and "." in word.partition("=")[0]]
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and word not in overrides]
+    students = [word for word in words if word not in (*overrides, *files)]
     if options.fraction is not None:
         if kind != "detect":
             raise ConfigError(
@@ -237,8 +239,6 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
                 f"{kind}, and give fewer steps or epochs instead"
             )
         overrides.append(f"eval.detect.fraction={options.fraction}")
-    files = [word for word in words if word.endswith((".yaml", ".yml"))]
-    students = [word for word in words if word not in (*overrides, *files)]
     if len(files) > 1:
         raise ConfigError(f"got {len(files)} configurations ({', '.join(files)}); give one")
     config = overridden(

@@ -62,7 +62,7 @@ class DemoSize:
 QUICK = DemoSize(
     train_scenes=128, test_scenes=64, probe_scenes=(32, 16), pictures=512, teacher_steps=40
 )
-"""All parts of the demo in about a minute; its scores mean little."""
+"""All parts of the demo on little data, for a first look; its scores mean little."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Every option of a run: documented, checked where it is declared, frozen.
 
 A configuration is a YAML file that lists what differs from the defaults, plus overrides
-``dotted.key=value`` from the command line. Origins in brackets: [code] the authors' released
-code, [ours] decided here. No value here is claimed to stand in the paper.
+``dotted.key=value`` from the command line. An option's type says how its value is read: text as it
+stands, whatever YAML would make of it, everything else as YAML. Origins in brackets: [code] the
+authors' released code, [ours] decided here. No value here is claimed to stand in the paper.
 
 Sections are declared in ``run.py`` (``run``, ``export``), ``data.py`` (``data``, ``augment``),
 ``teacher.py``, ``student.py``, ``loss.py`` (``pairing``, ``loss``), ``train.py`` (``optim``,

@@ -5,6 +5,7 @@ from typing import Any
 
 from pcd_ray.config.schema import option_names
 from pcd_ray.config.yaml_text import in_one_line
+from pcd_ray.uris import without_secrets
 
 
 def problem(item: dict[str, Any]) -> str:
@@ -39,7 +40,7 @@ def _nested(path: str, key: str, value: Any) -> str:
     name = next((name for name in (path, key) if name in known), "")
     if not name:
         return ""
-    nested = value
+    nested: Any = without_secrets(value) if isinstance(value, str) else value
     for part in reversed(name.split(".")):
         nested = {part: nested}
     return (

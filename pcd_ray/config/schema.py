@@ -119,10 +119,9 @@ def takes_text(name: str) -> bool:
     It is at ``run.name``, at ``train.node_labels.pool``, at ``data.sources`` and each of its items
     (a URI), and at the choices of a text option in ``tune.space``.
     """
-    if name.startswith("tune.space."):
-        name = re.sub(r"\.choice\.\d+$", "", name.removeprefix("tune.space."))
+    searched = re.fullmatch(r"tune\.space\.(.+)\.choice\.\d+", name)
     kind: Any = Config
-    for part in name.split("."):
+    for part in (searched[1] if searched else name).split("."):
         kind = _part(kind, part)
     return _is_text(kind)
 

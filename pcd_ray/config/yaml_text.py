@@ -48,11 +48,12 @@ class _PlainLoader(yaml.SafeLoader):
         if key.tag == f"{_TAG}merge":
             raise yaml.YAMLError("uses merge keys (<<), which are not read: write them out")
         name, line = ".".join([*self.path, key.value]), key.start_mark.line + 1
-        for other, other_line in self.lines.items():
-            if other == name:
-                lines = f"lines {other_line} and {line}" if line != other_line else f"line {line}"
-                raise yaml.YAMLError(f"{name} is given twice, in {lines}; merge the two")
-            if at_top and (other.startswith(f"{name}.") or name.startswith(f"{other}.")):
+        if name in self.lines:
+            first = self.lines[name]
+            lines = f"lines {first} and {line}" if first != line else f"line {line}"
+            raise yaml.YAMLError(f"{name} is given twice, in {lines}; merge the two")
+        for other, other_line in self.lines.items() if at_top else ():
+            if other.startswith(f"{name}.") or name.startswith(f"{other}."):
                 raise yaml.YAMLError(
                     f"{other} (line {other_line}) and {name} (line {line}) both set "
                     f"{min(name, other)}; write its options once, nested"
@@ -93,18 +94,17 @@ def load_yaml(
         yaml.YAMLError: it is not YAML, uses aliases or tags, is nested too deep, or gives a key
             twice. The message goes on where the file was named.
     """
-    loader = _PlainLoader(text, tuple(filter(None, name.split("."))), takes_text)
     try:
-        return loader.get_single_data()
+        path = tuple(filter(None, name.split(".")))
+        return _PlainLoader(text, path, takes_text).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise yaml.YAMLError(
             f"is not YAML ({line}{error.problem}; check indentation, brackets and quotes)"
         ) from error
-    except (ValueError, OverflowError) as error:  # numbers and dates that there are not
-        raise yaml.YAMLError(f"is not YAML ({error})") from error
-    finally:
-        loader.dispose()
+    except (yaml.reader.ReaderError, ValueError, OverflowError) as error:
+        # characters, numbers and dates that there are not
+        raise yaml.YAMLError(f"is not YAML ({' '.join(str(error).split())})") from error
 
 
 def dump_yaml(values: Any) -> str:

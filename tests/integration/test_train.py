@@ -163,14 +163,18 @@ def test_teacher_and_untrained_student_are_measured_for_comparison(reference: Re
 def test_a_run_without_a_queue_goes_the_same_way_and_says_nothing_of_one(
     prepared: Config,
 ) -> None:
-    quick = {"epochs": 1, "num_workers": 1, "checkpoint_every_steps": 0}
+    quick = {"epochs": 1, "num_workers": 1, "checkpoint_every_steps": 0, "global_batch_size": 8}
     config = of_name(prepared, "mse", loss={"kind": "mse"}, train=quick, eval={"every_epochs": 0})
     result, console = trained(config)
     assert "queue" not in console
     lines = [line for line in result.history if names.LOSS in line]
     assert not any(names.QUEUE_FILL in line or names.QUEUE_TOP1 in line for line in lines)
     assert lines[-1][names.LOSS] < lines[0][names.LOSS] < 4
-    assert newest(config).state["queues"] == [None]
+    stored = newest(config)
+    assert stored.state["queues"] == [None]
+    # the last of 6 steps of 8 reads on into a second epoch of the 44 images, which is none
+    assert (stored.about["epoch"], lines[-1]["epoch"]) == (1.0, 1.0)
+    assert " epoch 1.00 |" in console
     assert (result.metrics["plan"]["chance_loss"], result.metrics["plan"]["notes"]) == (2.0, {})
 
 

@@ -128,6 +128,7 @@ def test_a_table_has_a_line_for_each_value(images: str, capsys: pytest.CaptureFi
         (["train", "a.yaml", "b.yaml"], "cannot be read"),
         (["demo", "loss.temperature=0"], "loss.temperature must be > 0, got 0.0"),
         (["pack", "data.sorces=a"], "did you mean data.sources?"),
+        (["eval", "knn", "untrained", "eval.out=a.yaml"], "eval.knn_train"),
     ],
 )
 def test_a_users_error_is_one_message_and_exit_code_two(

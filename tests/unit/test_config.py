@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,12 @@ def test_overrides_win_over_the_file_and_are_yaml(tmp_path: Path) -> None:
         ("teacher.fit: {dim: 3}", [], "write teacher: {fit: {dim: 3}}"),
         ("train: {train.epochs: 3}", [], "write train: {epochs: 3}"),
         ("optim.base_lrr: 0.1", [], "did you mean optim.base_lr?"),
+        (
+            "tune.storage: 'postgresql://me:pw@host/db'",
+            [],
+            "write tune: {storage: 'postgresql://***'}",
+        ),
+        ("run: \x07", [], "a.yaml: is not YAML (unacceptable character #x0007: special characters"),
     ],
 )
 def test_a_bad_file_or_override_is_refused_in_words(
@@ -311,13 +318,15 @@ def test_text_behind_an_equals_sign_is_taken_as_it_is(text: str) -> None:
         ("data.sources={uri: a b, weight: 2}", (("a b", 2.0),)),
         ("tune.space={optim.base_lr: {log: [3e-2, +1]}}", {"optim.base_lr": {"log": [0.03, 1]}}),
         ("tune.space={loss.kind: {choice: [1e3, on]}}", {"loss.kind": {"choice": ["1e3", "on"]}}),
+        ("tune.space.loss.kind={choice: [1e3, on]}", {"loss": {"kind": {"choice": ["1e3", "on"]}}}),
+        ("tune.space.optim.base_lr={log: [3e-2, 1]}", {"optim": {"base_lr": {"log": [0.03, 1]}}}),
     ],
 )
 def test_the_type_of_an_option_says_how_its_value_is_read_here_and_in_a_file(
     override: str, value: Any, tmp_path: Path
 ) -> None:
     name, _, text = override.partition("=")
-    option = name.removesuffix(".zone").removesuffix(".a")
+    option = re.sub(r"\.(zone|a|loss\.kind|optim\.base_lr)$", "", name)
     (tmp_path / "a.yaml").write_text(
         "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(name.split(".")))[:-1]
         + f" {text}"
