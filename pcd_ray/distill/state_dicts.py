@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -90,8 +91,11 @@ def open_checkpoint(content: object, *, uri: str) -> StateDict:
     inner = found[path]
     tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
     beside = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
-    if path and isinstance(content, Mapping):
-        beside += [str(name) for name in content if name != path[0]]
+    outer: Any = content
+    for name in path:
+        if isinstance(outer, Mapping):
+            beside += [str(other) for other in outer if other != name]
+        outer = outer[name]
     return StateDict(tensors, ".".join(map(str, path)), tuple(beside))
 
 

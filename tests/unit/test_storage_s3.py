@@ -1,8 +1,11 @@
 """Object stores: names, endpoints, requests that fail, and what never gets better."""
 
+import hashlib
+import io
 import json
 import logging
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +13,12 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
+import safetensors.torch
+import torch
 from s3_server import KEY_ID, SECRET, S3Server, any_request, s3_server, writing
 
 from pcd_ray import patience, storage
+from pcd_ray.distill.weights import read_weights
 from pcd_ray.storage import GoneError, StorageError, UnavailableError
 from pcd_ray.uris import SecretInUriError
 
@@ -58,6 +64,31 @@ def test_a_bucket_in_which_no_trace_may_stay_is_not_written_to(server: S3Server)
     server.client().create_bucket(Bucket="untouched")
     storage.check_writable(f"s3://untouched/runs/a{server.query}", in_buckets=False)
     assert "Contents" not in server.client().list_objects_v2(Bucket="untouched")
+
+
+def test_weights_are_read_by_way_of_a_temporary_file_that_goes_again(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    uri = f"s3://{BUCKET}/weights{server.query}"
+    tensors = {"conv.weight": torch.rand(100, 100)}
+    for data in (safetensors.torch.save(tensors), io_bytes(tensors)):
+        storage.write_bytes(uri, data)
+        server.fail(2)
+        file = read_weights(uri)
+        assert list(tmp_path.iterdir()) == []
+        assert torch.equal(file.tensors["conv.weight"], tensors["conv.weight"])
+        assert file.sha256 == hashlib.sha256(data).hexdigest()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(StorageError, match="set TMPDIR to a folder that is writable"):
+        read_weights(uri)
+
+
+def io_bytes(content: object) -> bytes:
+    """What torch saves of it."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def test_google_uris_are_understood_and_their_client_is_told_not_to_wait_for_long() -> None:

@@ -205,6 +205,7 @@ def test_a_contrastive_head_is_fitted_on_pooled_features_and_mirrored(bare_file:
         {"teacher": {"fit": {"dim": 7, "whiten": 0.5}}},
         {"teacher": {"head": "contrastive"}},
         {"teacher": {"mean": (0.1, 0.1, 0.1)}},
+        {"teacher": {"kwargs": {"output_stride": 16}}},  # the same weights, another map
         {"run": {"seed": 1}},
     ],
 )

@@ -1,6 +1,7 @@
 import argparse
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -168,6 +169,14 @@ def test_real_imagenet_weights_load_strictly(mobilenet_file: Path) -> None:
     assert set(tensors) - set(own) == {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(value, tensors[key]) for key, value in own.items())
     assert loaded.identity.head == "pca"  # no head was published
+
+
+def test_a_file_of_other_names_is_no_reason_to_change_the_architecture(tmp_path: Path) -> None:
+    path = str(tmp_path / "weights.pth")
+    torch.save({"a.weight": torch.ones(3), "b.weight": torch.ones(3)}, path)
+    with pytest.raises(WeightsError, match=r"none of the \d+ tensors .* a.weight, b.weight") as no:
+        load_teacher(TeacherConfig(arch="test_resnet", weights=path))
+    assert "teacher.arch" not in str(no.value)
 
 
 # our own layout
@@ -400,6 +409,64 @@ def test_any_damage_to_a_torch_file_is_an_error_of_ours(tmp_path: Path) -> None:
             path.write_bytes(bytes(damaged))
             with contextlib.suppress(WeightsError):  # any other error fails this test
                 assert read_weights(str(path)).tensors
+
+
+def mapped(path: str) -> list[range]:
+    """The addresses at which this process has a file in its memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    bounds = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(path)]
+    return [range(int(start, 16), int(end, 16)) for start, end in bounds]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "nested.pth"])
+def test_a_teacher_shares_the_memory_of_its_file(
+    kind: str, resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights.{kind}"
+    if kind == "safetensors":
+        safetensors.torch.save_file(resnet_state, path)
+    else:
+        torch.save({"model": resnet_state} if "nested" in kind else resnet_state, path)
+    loaded = load_teacher(TeacherConfig(arch="test_resnet", weights=str(path), head="none"))
+    body = loaded.backbone.body.state_dict()
+    places = mapped(str(path))
+    outside = [key for key, v in body.items() if not any(v.data_ptr() in each for each in places)]
+    assert outside == []
+    assert all(torch.equal(value, resnet_state[key]) for key, value in body.items())
+    for value in body.values():
+        value.zero_()  # the copy of this process alone
+    again = read_weights(str(path)).tensors
+    assert all(torch.equal(value, resnet_state[key]) for key, value in again.items())
+
+
+def test_half_precision_weights_become_those_of_the_network(
+    resnet_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "half.pth")
+    half = {k: v.half() if v.is_floating_point() else v for k, v in resnet_state.items()}
+    torch.save(half, path)
+    loaded = load_teacher(TeacherConfig(arch="test_resnet", weights=path, head="none"))
+    for key, value in loaded.backbone.body.state_dict().items():
+        assert value.dtype == resnet_state[key].dtype
+        assert torch.equal(value, half[key].to(value.dtype))
+
+
+def test_a_compressed_zip_is_read_as_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(WEIGHTS))) as source,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert torch.equal(read_weights(str(path)).tensors["conv.weight"], WEIGHTS["conv.weight"])
+
+
+def test_the_hash_is_of_the_files_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(saved(WEIGHTS))
+    assert read_weights(str(path)).sha256 == hashlib.sha256(saved(WEIGHTS)).hexdigest()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
