@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 DUPLICATE = "duplicate folder link"
 BROKEN = "broken link"
 SPECIAL = "special file"  # a pipe, a socket, a device
+AMBIGUOUS = "ambiguous file name"  # escaped, it is that of another file
 
 
 def text_of_path(path: str) -> str:
@@ -115,7 +116,11 @@ def _add_file_or_link(found: _Folder, entry: "os.DirEntry[str]") -> None:
         return  # it has gone
     if stat.S_ISDIR(status.st_mode):
         found.links.append(entry.path)
-    elif stat.S_ISREG(status.st_mode):
-        found.files.append((text_of_path(entry.path), status))
-    else:
+    elif not stat.S_ISREG(status.st_mode):
         found.left_out[SPECIAL] += 1
+    else:
+        text = text_of_path(entry.path)
+        if path_on_disk(text) == entry.path:
+            found.files.append((text, status))
+        else:
+            found.left_out[AMBIGUOUS] += 1

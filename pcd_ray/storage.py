@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from pcd_ray.errors import PcdError
-from pcd_ray.local_files import path_on_disk, walk
+from pcd_ray.local_files import path_on_disk, text_of_path, walk
 from pcd_ray.patience import may_pass, patiently
 from pcd_ray.uris import (
     BUCKETS,
@@ -116,6 +116,9 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     refuse_secrets(uri)
     if not is_remote(uri):
+        text = text_of_path(uri)
+        if text != uri:
+            raise StorageError(f"{text}: its name is not UTF-8; rename it")
         return pafs.LocalFileSystem(), absolute(uri)
     return attempted(uri, "opened", lambda: _remote_filesystem(uri))
 
@@ -175,7 +178,8 @@ def is_folder(uri: str) -> bool:
 
 def _info(uri: str) -> pafs.FileInfo:
     fs, path = filesystem(uri)
-    return attempted(uri, "looked up", lambda: fs.get_file_info(path))
+    place = path if is_remote(uri) else os.fsencode(path_on_disk(path))
+    return attempted(uri, "looked up", lambda: fs.get_file_info(place))
 
 
 @dataclass(frozen=True, slots=True)
