@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 DUPLICATE = "duplicate folder link"
 BROKEN = "broken link"
 SPECIAL = "special file"  # a pipe, a socket, a device
+AMBIGUOUS = "ambiguous file name"  # escaped, it is that of another file
 
 
 def text_of_path(path: str) -> str:
@@ -29,37 +30,42 @@ def path_on_disk(text: str) -> str:
     return os.fsdecode(plain)
 
 
+_NO_LINKS: tuple[str, ...] = ()
+
+
 def walk(
-    top: str, *, recursive: bool, skip: Callable[[str], bool] | None
+    top: str, *, recursive: bool, skip: Callable[[str], bool] | None, once: bool
 ) -> tuple[list[tuple[str, os.stat_result]], Counter[str]]:
     """Return the files under a folder, as text of their paths, and what was left out, counted.
 
-    Links are followed. Of two ways to a folder, the one without links is taken; a link to a folder
-    around itself, or around ``top``, is not followed.
+    Links are followed, unless to a folder that holds the link.
 
     Args:
         top: the folder; it has no files if it is absent.
         recursive: whether to enter the folders in it.
         skip: whether to leave out the files and folders of a name; None: all are read.
+        once: whether a folder that several paths lead to is read by one alone, without links if
+            there is such a path.
 
     Raises:
         OSError: a folder cannot be read.
     """
     files: list[tuple[str, os.stat_result]] = []
     left_out: Counter[str] = Counter()
-    real_top = os.path.realpath(top)
-    folders, links, seen = [(top, real_top)], list[tuple[str, str]](), set[str]()
+    seen: set[str] = set()
+    # each with its real path, and the real folders of the links on the way to it
+    folders, links = [(top, os.path.realpath(top), _NO_LINKS)], list[tuple[str, tuple[str, ...]]]()
     while folders or links:
         if not folders:  # links are followed when all that is reached without them is known
-            link, around = links.pop(0)
+            link, way = links.pop(0)
             real = os.path.realpath(link)
-            if _is_in(around, real) or _is_in(real_top, real):
+            if any(_is_in(holder, real) for holder in way):
                 left_out[DUPLICATE] += 1
             else:
-                folders.append((link, real))
+                folders.append((link, real, way))
             continue
-        folder, real = folders.pop()
-        if real in seen:
+        folder, real, way = folders.pop()
+        if once and real in seen:
             left_out[DUPLICATE] += 1
             continue
         seen.add(real)
@@ -68,9 +74,9 @@ def walk(
         left_out += found.left_out
         if recursive:
             folders += [
-                (path, os.path.join(real, os.path.basename(path))) for path in found.folders
+                (os.path.join(folder, n), os.path.join(real, n), way) for n in found.folders
             ]
-            links += [(path, real) for path in found.links]
+            links += [(os.path.join(folder, name), (*way, real)) for name in found.links]
     return files, left_out
 
 
@@ -100,7 +106,7 @@ def _look_into(folder: str, skip: Callable[[str], bool] | None) -> _Folder:
         if skip is not None and skip(entry.name):
             continue
         if entry.is_dir(follow_symlinks=False):
-            found.folders.append(entry.path)
+            found.folders.append(entry.name)
         else:
             _add_file_or_link(found, entry)
     return found
@@ -114,8 +120,12 @@ def _add_file_or_link(found: _Folder, entry: "os.DirEntry[str]") -> None:
             found.left_out[BROKEN] += 1
         return  # it has gone
     if stat.S_ISDIR(status.st_mode):
-        found.links.append(entry.path)
-    elif stat.S_ISREG(status.st_mode):
-        found.files.append((text_of_path(entry.path), status))
-    else:
+        found.links.append(entry.name)
+    elif not stat.S_ISREG(status.st_mode):
         found.left_out[SPECIAL] += 1
+    else:
+        text = text_of_path(entry.path)
+        if path_on_disk(text) == entry.path:
+            found.files.append((text, status))
+        else:
+            found.left_out[AMBIGUOUS] += 1

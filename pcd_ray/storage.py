@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from pcd_ray.errors import PcdError
-from pcd_ray.local_files import path_on_disk, walk
+from pcd_ray.local_files import path_on_disk, text_of_path, walk
 from pcd_ray.patience import may_pass, patiently
 from pcd_ray.uris import (
     BUCKETS,
@@ -116,6 +116,9 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     refuse_secrets(uri)
     if not is_remote(uri):
+        text = text_of_path(uri)
+        if text != uri:
+            raise StorageError(f"{text}: its name is not UTF-8; rename it")
         return pafs.LocalFileSystem(), absolute(uri)
     return attempted(uri, "opened", lambda: _remote_filesystem(uri))
 
@@ -175,7 +178,8 @@ def is_folder(uri: str) -> bool:
 
 def _info(uri: str) -> pafs.FileInfo:
     fs, path = filesystem(uri)
-    return attempted(uri, "looked up", lambda: fs.get_file_info(path))
+    place = path if is_remote(uri) else os.fsencode(path_on_disk(path))
+    return attempted(uri, "looked up", lambda: fs.get_file_info(place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,24 +194,27 @@ class Listing:
 
 def list_files(uri: str, *, recursive: bool = True) -> list[StoredFile]:
     """Return the files under a folder, sorted by URI; an absent folder has none."""
-    return listing(uri, recursive=recursive).files
+    return _listing(uri, recursive=recursive, skip=None, once=False).files
 
 
-def listing(
-    uri: str, *, recursive: bool = True, skip: Callable[[str], bool] | None = None
-) -> Listing:
+def listing(uri: str, *, skip: Callable[[str], bool]) -> Listing:
     """Return the files under a folder and what was left out; each real folder is read once.
 
     Args:
         uri: the folder; it has no files if it is absent.
-        recursive: whether to enter the folders in it.
-        skip: whether to leave out the files and folders of a name; None: all are read.
+        skip: whether to leave out the files and folders of a name.
     """
+    return _listing(uri, recursive=True, skip=skip, once=True)
+
+
+def _listing(
+    uri: str, *, recursive: bool, skip: Callable[[str], bool] | None, once: bool
+) -> Listing:
     fs, path = filesystem(uri)
     if isinstance(fs, pafs.LocalFileSystem):
         top = path_on_disk(path)
         found, left_out = attempted(
-            uri, "listed", lambda: walk(top, recursive=recursive, skip=skip)
+            uri, "listed", lambda: walk(top, recursive=recursive, skip=skip, once=once)
         )
         local = [StoredFile(file, at.st_size, at.st_mtime_ns) for file, at in found]
         return Listing(sorted(local, key=lambda file: file.uri), left_out)

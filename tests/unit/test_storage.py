@@ -88,6 +88,16 @@ def test_files_are_listed_below_a_folder_and_deleted_with_it(tmp_path: Path) -> 
     assert storage.list_files(top) == expected[:1]
 
 
+def test_a_listing_follows_each_link_but_not_back(tmp_path: Path) -> None:
+    for name in ("all/a", "one/b", "two/c"):
+        storage.write_bytes(str(tmp_path / name), b"1")
+    links = {"train": "all", "val": "all", "one/to": "../two", "two/fro": "../one", "up": "../.."}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    names = [file.uri.removeprefix(f"{tmp_path}/") for file in storage.list_files(str(tmp_path))]
+    assert names == ["all/a", "one/b", "one/to/c", "train/a", "two/c", "two/fro/b", "val/a"]
+
+
 def test_a_listing_says_when_files_were_written(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1")
     (file,) = storage.list_files(str(tmp_path))

@@ -158,6 +158,15 @@ def test_names_that_are_not_utf8_are_escaped_and_found_again(tmp_path: Path) -> 
     assert dict(zip(_keys(index), widths, strict=True)) == dict(
         zip(keys, range(8, 12), strict=True)
     )
+    for name in (b"one\xe9.png", b"one\\xe9.png"):  # the second is the first one's escaped name
+        Image.new("RGB", (8, 8)).save(os.fsdecode(os.fsencode(tmp_path / "dog") + b"/" + name))
+    notes: list[str] = []
+    assert _keys(list_images(str(tmp_path / "dog"), notes)).count("one\\xe9.png") == 1
+    assert notes == [f"{tmp_path}/dog: not read: 1 ambiguous file name"]
+    inside = str(tmp_path / "caf\\xe9")  # the escaped name is that of the folder
+    assert _keys(list_images(inside)) == ["a.png"]
+    with pytest.raises(PcdError, match=r"caf\\xe9: its name is not UTF-8; rename it"):
+        list_images(str(tmp_path / "caf\udce9"))
     (tmp_path / "list.csv").write_bytes(names[0] + b",h\xf4tel\n" + names[2] + b",x\n")
     listed = list_images(str(tmp_path / "list.csv"))
     assert _keys(listed) == [keys[0], keys[2]]
