@@ -69,6 +69,7 @@ def test_crowds_empty_images_and_boxes_partly_outside_are_kept_and_counted(tmp_p
 @pytest.mark.parametrize(
     ("segmentation", "why"),
     [
+        ([5, 5, 20, 30], "their segmentation is 4 numbers, a box in place of a polygon"),
         ([[5, 5, 20, 30]], "their segmentation is 4 numbers, a box in place of a polygon"),
         ([[5, 5, 20, 30], [1, 2, 3, 4]], "their segmentation is 4 numbers, a box in place of a"),
         ([[5, 5]], "no polygon of their segmentation has 3 points"),
@@ -76,7 +77,7 @@ def test_crowds_empty_images_and_boxes_partly_outside_are_kept_and_counted(tmp_p
     ],
 )
 def test_objects_without_an_outline_are_counted_and_named_with_the_reason(
-    segmentation: list[list[float]], why: str, tmp_path: Path
+    segmentation: Any, why: str, tmp_path: Path
 ) -> None:
     train = record(3)
     for item in train["annotations"][1:]:
@@ -174,9 +175,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda r: r["annotations"].clear(),
         r"0 objects to learn \(.*: 2 images have no annotation.*\); correct or add annotations",
     ),
-    "a box as segmentation": (
-        lambda r: r["annotations"][0].update(segmentation=[5, 5, 20, 30]),
-        r"annotation 0: its segmentation is neither a list of polygons .*: a box in place of a p",
+    "numbers as segmentation": (
+        lambda r: r["annotations"][0].update(segmentation=[5, 5, 20, 30, 8, 8]),
+        r"annotation 0: its segmentation is neither a list of polygons .* nor a run-length code",
     ),
     "empty segmentation": (
         lambda r: r["annotations"][0].update(segmentation=[]),
