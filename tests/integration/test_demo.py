@@ -113,6 +113,7 @@ def test_a_run_that_cannot_be_judged_by_one_score_keeps_the_others_and_says_so(
     mask.write_bytes(good)
     again = train(config).metrics
     assert "not_judged" not in again
+    assert "not_evaluated" not in again
     assert again["segmentation_miou"] == result.run.metrics["segmentation_miou"]
 
 
