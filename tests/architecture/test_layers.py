@@ -66,3 +66,9 @@ for name in {others!r}:
 def test_the_package_itself_imports_nothing_heavy() -> None:
     code = "import sys, pcd_ray; print(sorted({'ray', 'torch', 'numpy'} & set(sys.modules)))"
     assert _new_process(code) == "[]"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_no_process_takes_all_cores_of_its_machine(path: Path) -> None:
+    """Other trials and jobs run beside it: its share says how many threads it has."""
+    assert "cpu_count" not in path.read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from stored_run import store_run
 from tiny_run import write_images
 
+from pcd_ray import progress
 from pcd_ray.cli import main
 from pcd_ray.errors import ClusterError
 from pcd_ray.evaluate.ray_eval import config_for, evaluate
@@ -120,3 +122,35 @@ def test_what_a_task_dies_of_is_told_in_words() -> None:
     with pytest.raises(ClusterError, match=r"there was not enough memory \(CUDA out of memory"):
         call_in_tasks(fill, [()], share=share)
     assert call_in_tasks(doubled, [(2,), (1,)], share=share) == [4, 2]
+
+
+def test_a_task_that_takes_long_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.05)
+    share = WorkerShare("cpu", cpus=1, threads=1)
+    folder = str(tmp_path)
+
+    def step(number: int) -> int:
+        """Wait until the driver has logged this step, which the task alone knows of."""
+        while not os.path.exists(os.path.join(folder, str(number))):
+            time.sleep(0.01)
+        return number
+
+    def work() -> list[int]:
+        progress.EVERY_S, usual = 0.05, progress.EVERY_S
+        try:
+            return list(progress.counted(map(step, range(2)), "features", "images", 2))
+        finally:
+            progress.EVERY_S = usual
+
+    def heard(line: str) -> None:
+        lines.append(line)
+        for number in range(2):
+            if f"features: {number} of 2 images" in line:
+                (tmp_path / str(number)).touch()
+
+    lines: list[str] = []
+    with progress.sending_to(heard):
+        assert call_in_tasks(work, [()], share=share, what="kNN") == [[0, 1]]
+    assert all(line.startswith("  kNN: ") for line in lines)

@@ -122,6 +122,13 @@ def test_the_cost_is_said_before_anything_is_computed(first: Run) -> None:
     assert dry_run(first.config).summary()["teacher_cache"]["state"] == "whole"
 
 
+def test_a_run_without_a_labeled_set_says_how_to_evaluate_it(first: Run) -> None:
+    how = first.result.summary()["not_evaluated"]
+    assert how.startswith("no labeled set is given (eval.knn_train and eval.knn_test, or eval.seg")
+    assert f"`pcd-ray eval knn {first.result.path} eval.knn_train=FOLDER eval.knn_test=" in how
+    assert first.console.endswith(f"note: not evaluated: {how}\n")
+
+
 def test_the_manifest_says_whose_maps_they_are(first: Run) -> None:
     (cache,) = caches(first.config)
     manifest = json.loads((Path(cache.maps.uri) / "manifest.json").read_text())

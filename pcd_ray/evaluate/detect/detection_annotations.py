@@ -5,7 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pcd_ray.evaluate.detect.detection_masks import Segmentation, area_of, parse_segmentation
+from pcd_ray.evaluate.detect.detection_masks import (
+    Segmentation,
+    area_of,
+    is_box,
+    parse_segmentation,
+)
 
 CLIPPED = "boxes reach beyond their image by more than a pixel and are clipped"
 DEGENERATE = "boxes without a width and height above 0 are left out"
@@ -47,8 +52,7 @@ def annotation_of(
     if mask is None and masks:
         if not item.get("segmentation"):
             raise ValueError("it has no segmentation; set eval.detect.masks=false for boxes alone")
-        sides = {len(outline) for outline in item["segmentation"]}
-        counts[BOX_AS_MASK if sides == {4} else WITHOUT_MASK].append(item["id"])
+        counts[BOX_AS_MASK if is_box(item["segmentation"]) else WITHOUT_MASK].append(item["id"])
         return None
     left, top, right, bottom = box
     area = _area(item.get("area"))

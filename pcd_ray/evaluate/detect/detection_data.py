@@ -188,7 +188,9 @@ def _record(file: str, text: str) -> dict[str, Any]:
             raise ShardError(f"{file}: has no list {key!r}; a COCO file has one")
         for item in record[key]:
             if not isinstance(item, dict) or type(item.get("id")) is not int:
-                raise ShardError(f"{file}: {str(item)[:80]} in {key!r} has no whole number as id")
+                raise ShardError(
+                    f"{file}: {str(item)[:80]} in {key!r} has no whole number as id; give each one"
+                )
         _check_unique(file, key, (item["id"] for item in record[key]))
     return dict(record)
 

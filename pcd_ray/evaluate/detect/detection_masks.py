@@ -31,7 +31,7 @@ _FAR_SIDES = 10  # long sides of an image: filling an outline takes memory along
 def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
     """Return the segmentation of a COCO annotation, checked; None where it holds none.
 
-    Outlines of less than three points enclose nothing and are left out.
+    Outlines of less than three points enclose nothing and are left out; so are boxes.
 
     Raises:
         ValueError: it is none of the three forms, or not of this image's size.
@@ -40,11 +40,12 @@ def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
         return None
     if isinstance(given, dict):
         return _parse_run_lengths(given, height=height, width=width)
+    if is_box(given):
+        return None
     if not isinstance(given, list) or not all(isinstance(outline, list) for outline in given):
-        asked = ": a box in place of a polygon?" if _is_flat_box(given) else ""
         raise ValueError(
             "its segmentation is neither a list of polygons [[x, y, x, y, x, y, ...], ...] nor a "
-            f"run-length code{asked}"
+            "run-length code"
         )
     outlines = [_outline(outline) for outline in given]
     if any(len(outline) % 2 for outline in outlines):
@@ -59,11 +60,14 @@ def parse_segmentation(given: Any, *, height: int, width: int) -> Segmentation:
     return tuple(outline.reshape(-1, 2) for outline in outlines if len(outline) >= 6) or None
 
 
-def _is_flat_box(given: Any) -> bool:
-    return (
-        isinstance(given, list)
-        and len(given) == 4
-        and all(type(number) in (int, float) for number in given)
+def is_box(given: Any) -> bool:
+    """Return whether a segmentation is 4 numbers, or lists of 4: boxes in place of polygons."""
+    outlines = given if isinstance(given, list) and isinstance(given[0], list) else [given]
+    return all(
+        isinstance(outline, list)
+        and len(outline) == 4
+        and all(type(number) in (int, float) for number in outline)
+        for outline in outlines
     )
 
 

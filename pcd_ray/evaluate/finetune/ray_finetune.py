@@ -7,7 +7,6 @@ after the driver has died.
 import functools
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +40,7 @@ from pcd_ray.evaluate.finetune.finetune_log import FinetuneLog
 from pcd_ray.evaluate.finetune.finetune_settings import FinetuneSettings
 from pcd_ray.evaluate.judging import Place
 from pcd_ray.patient_files import patient_filesystem
-from pcd_ray.progress import EVERY_S
+from pcd_ray.progress import Progress, progress
 from pcd_ray.ray_events import Event, EventSender
 from pcd_ray.ray_fit import fit, until_it_cannot
 from pcd_ray.ray_placement import share_of_workers, wait_for_workers
@@ -127,28 +126,32 @@ def _fit(  # noqa: PLR0913 - what, how and where
 ) -> None:
     share = share_of_workers(config, num_workers=num_workers, device=device)
     wait_for_workers(config, share, say=log.say, num_workers=num_workers)
-    fit(
-        _worker,
-        {
-            "task": task,
-            "settings": settings,
-            "folder": folder.uri,
-            "config": config_to_values(config),
-        },
-        folder=folder,
-        share=share,
-        settings=config.train,
-        num_workers=num_workers,
-        on_event=functools.partial(_note, log),
-    )
+    values = {
+        "task": task,
+        "settings": settings,
+        "folder": folder.uri,
+        "config": config_to_values(config),
+    }
+    with progress("fine-tuning", "steps") as shown:
+        fit(
+            _worker,
+            values,
+            folder=folder,
+            share=share,
+            settings=config.train,
+            num_workers=num_workers,
+            on_event=functools.partial(_note, log, shown, settings.steps),
+        )
 
 
-def _note(log: FinetuneLog, event: Event) -> None:
-    """Note what a worker tells."""
+def _note(log: FinetuneLog, shown: Progress, steps: int, event: Event) -> None:
+    """Note what a worker sends, of a training of so many steps."""
     if event.kind == "resumed":
         log.resumed(event.step)
+        shown.total, shown.done = steps - event.step, 0
     elif event.kind == "metrics":
         log.metrics(event.step, event.values)
+        shown.done = shown.total - (steps - event.step)
     else:
         log.say(event.text)
 
@@ -172,7 +175,6 @@ class _Run:
         self.threads = int(values["threads"])
         self.events = EventSender(values["mailbox"] if self.rank == 0 else None)
         self._damaged: tuple[str, ...] = ()
-        self._logged_s = time.monotonic()
 
     def train(self) -> None:
         """Restore, train and checkpoint until the last step."""
@@ -191,10 +193,6 @@ class _Run:
         if done.losses is not None:
             values = {**done.losses, "lr": done.learning_rate}
             self.events.metrics(done.step, 0.0, values)
-            self._logged_s = time.monotonic()
-        elif time.monotonic() - self._logged_s >= EVERY_S:
-            self.events.say(f"  step {done.step} of {self.settings.steps}")
-            self._logged_s = time.monotonic()
         every = self.settings.checkpoint_every_steps
         if done.step == self.settings.steps or (every and done.step % every == 0):
             self._checkpoint()

@@ -78,6 +78,7 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("segmentation", "why"),
     [
+        ([5, 5, 20, 30], "their segmentation is 4 numbers, a box in place of a polygon"),
         ([[5, 5, 20, 30]], "their segmentation is 4 numbers, a box in place of a polygon"),
         ([[5, 5, 20, 30], [1, 2, 3, 4]], "their segmentation is 4 numbers, a box in place of a"),
         ([[5, 5]], "no polygon of their segmentation has 3 points"),
@@ -85,7 +86,7 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_objects_without_an_outline_are_counted_and_named_with_the_reason(
-    segmentation: list[list[float]], why: str, tmp_path: Path
+    segmentation: Any, why: str, tmp_path: Path
 ) -> None:
     train = record(3)
     for item in train["annotations"][1:]:
@@ -183,9 +184,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda r: r["annotations"].clear(),
         r"0 objects to learn \(.*: 2 images have no annotation.*\); correct or add annotations",
     ),
-    "a box as segmentation": (
-        lambda r: r["annotations"][0].update(segmentation=[5, 5, 20, 30]),
-        r"annotation 0: its segmentation is neither a list of polygons .*: a box in place of a p",
+    "numbers as segmentation": (
+        lambda r: r["annotations"][0].update(segmentation=[5, 5, 20, 30, 8, 8]),
+        r"annotation 0: its segmentation is neither a list of polygons .* nor a run-length code",
     ),
     "empty segmentation": (
         lambda r: r["annotations"][0].update(segmentation=[]),
