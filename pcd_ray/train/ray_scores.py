@@ -31,7 +31,8 @@ class RunScores:
         self.folder = RunFolder.of(config)
         self.worker = worker
         self.events = events
-        self.knn_images = open_knn_images(config)
+        with Watch("opening the evaluation images", events.say):
+            self.knn_images = open_knn_images(config)
         for line in self.knn_images.left_out if self.knn_images else ():
             events.say(f"note: kNN: {line}")
 
