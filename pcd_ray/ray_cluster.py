@@ -4,7 +4,6 @@ Work runs there in tasks, and what kills it is told in words; who gets how much 
 """
 
 import base64
-import logging
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -14,11 +13,10 @@ import ray
 import ray.util
 
 from pcd_ray.errors import ClusterError, PcdError
+from pcd_ray.ray_connect import join_ray, start_ray
 from pcd_ray.ray_nodes import Cluster, Node, cluster_nodes
 from pcd_ray.ray_shares import WorkerShare
-from pcd_ray.uris import without_secrets
 
-_OBJECT_STORE_SHARE = 0.2  # of this machine's memory, when we start Ray ourselves
 PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of every process that computes on CPUs. Torch's threads otherwise spin while they
 wait for each other, which costs several times the work itself as soon as cores are shared with
@@ -38,49 +36,11 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
     address = os.environ.get("RAY_ADDRESS") or "local"
     alone = address == "local"
     if not ray.is_initialized():
-        if address.startswith(("http://", "https://")):
-            shown = _shown(address)
-            raise ClusterError(
-                f"RAY_ADDRESS={shown!r} is a dashboard's: it takes jobs (ray job submit "
-                f"--address {shown} --working-dir . -- python jobs/train.py ...); unset "
-                "RAY_ADDRESS to run on this machine"
-            )
         if alone:
-            # a cluster of one machine that dies with this process needs no token
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        try:
-            ray.init(
-                address=address,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                include_dashboard=False if alone else None,
-                object_store_memory=_object_store_bytes() if alone else None,
-            )
-        except Exception as error:  # Ray's own kinds, and bare ones when it starts too slowly
-            raise _no_cluster(address, error) from error
+            start_ray()
+        else:
+            join_ray(address)
     return cluster_nodes(autoscaled, ours=alone)
-
-
-def _no_cluster(address: str, error: Exception) -> ClusterError:
-    """Say why there is no cluster; a password in its address is not repeated."""
-    if address == "local":
-        return ClusterError(
-            f"Ray cannot be started on this machine ({error}); it may be too busy or short of "
-            "memory or disk: free some and try again"
-        )
-    shown = _shown(address)
-    why = error if shown == address else type(error).__name__  # its words may hold the address
-    return ClusterError(
-        f"the Ray cluster at RAY_ADDRESS={shown!r} does not answer ({why}); check the address, "
-        "export RAY_AUTH_MODE=token if it asks for one (~/.ray/auth_token must hold the "
-        "cluster's), or unset RAY_ADDRESS"
-    )
-
-
-def _shown(address: str) -> str:
-    if "://" in address:
-        return without_secrets(address)
-    return without_secrets(f"ray://{address}").removeprefix("ray://")
 
 
 def check_outlives_job(option: str, uri: str) -> None:
@@ -202,8 +162,3 @@ def free_reservation(reservation: str) -> bool:
         ray.util.remove_placement_group(group)
         return True
     return False
-
-
-def _object_store_bytes() -> int:
-    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return int(min(8 * 2**30, _OBJECT_STORE_SHARE * pages * page))
