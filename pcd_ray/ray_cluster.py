@@ -21,6 +21,41 @@ PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of every process that computes on CPUs. Torch's threads otherwise spin while they
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
+_DEATHS: tuple[tuple[type[Exception], str], ...] = (
+    (
+        ray.exceptions.OutOfDiskError,
+        "the disk that holds Ray's files is full: free space there, or set RAY_TMPDIR to a folder "
+        "on another disk",
+    ),
+    (
+        ray.exceptions.ObjectStoreFullError,
+        "Ray's object store is full: use smaller batches, fewer workers on a node, or nodes with "
+        "more memory",
+    ),
+    (
+        ray.exceptions.RuntimeEnvSetupError,
+        "Ray could not set up its environment: see runtime_env_setup-*.log in Ray's logs on its "
+        "node",
+    ),
+    (
+        ray.exceptions.TaskUnschedulableError,
+        "no node can hold it: check data.node_labels, train.node_labels and the nodes' resources",
+    ),
+    (
+        ray.exceptions.ActorUnschedulableError,
+        "no node can hold it: check data.node_labels, train.node_labels and the nodes' resources",
+    ),
+    (ray.exceptions.NodeDiedError, "its node is gone: rerun the same command"),
+    (
+        ray.exceptions.LocalRayletDiedError,
+        "Ray on this machine has ended: see Ray's logs, then rerun the same command",
+    ),
+    (
+        ray.exceptions.RayError,
+        "it may have run out of memory: rerun the same command, on a larger machine if need be",
+    ),
+)
+"""What ends a process, and what helps; the first kind that fits counts."""
 _JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # where Ray unpacks ``--working-dir``
 
 
@@ -127,13 +162,11 @@ def explained_death(error: BaseException) -> ClusterError | None:
             f"there was not enough memory ({line}); use smaller batches or images, more workers, "
             "or a larger machine: the same command goes on from what is stored"
         )
-    if isinstance(error, ray.exceptions.RayError) and not isinstance(
-        error, ray.exceptions.RayTaskError
-    ):
-        return ClusterError(
-            f"a process that computes died ({line}); it may have run out of memory: give the same "
-            "command again, on a larger machine if need be"
-        )
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return None
+    for kind, fix in _DEATHS:
+        if isinstance(error, kind):
+            return ClusterError(f"a process that computes was lost ({line}); {fix}")
     return None
 
 
