@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from pcd_ray import __version__
@@ -94,7 +95,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the verb and return what came of it, as ``--result`` keeps it."""
     verb: Callable[[argparse.Namespace], dict[str, Any]] = options.run
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what befell its workers
+        with _exits_on_sigterm(), contextlib.redirect_stdout(sys.stderr):  # Ray prints there
+            _check_working_folder()
             return {"exit_code": 0, "error": "", "summary": verb(options)}
     except PcdError as error:
         found: Exception = error
@@ -104,12 +106,36 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
         code, story = 1, f"unexpected {type(error).__name__}: {last} (see --traceback)"
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # Ray's handler exits so
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:
             raise
         return _failed(130, "stopped; the same command goes on from the last checkpoint")
     if options.traceback:
         traceback.print_exception(found)
     return _failed(code, story)
+
+
+def _check_working_folder() -> None:
+    """Refuse to run in a folder that has been deleted, where Ray and torch fail without a word."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise PcdError(
+            f"the working folder cannot be used ({error.strerror}): it has been deleted or moved; "
+            "change to one that exists (cd), then rerun the same command"
+        ) from error
+
+
+@contextlib.contextmanager
+def _exits_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise ``SystemExit`` from the start, as Ray does once it runs."""
+    if threading.current_thread() is not threading.main_thread():  # no signal reaches it
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _failed(code: int, story: str) -> dict[str, Any]:

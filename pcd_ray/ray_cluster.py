@@ -3,12 +3,10 @@
 Work runs there in tasks, and what kills it is told in words; who gets how much is in `ray_shares`.
 """
 
-import contextlib
-import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -16,17 +14,50 @@ import ray.util
 
 from pcd_ray import progress
 from pcd_ray.errors import ClusterError, PcdError
+from pcd_ray.ray_connect import join_ray, start_ray
 from pcd_ray.ray_events import EventReceiver, EventSender
 from pcd_ray.ray_nodes import Cluster, Node, cluster_nodes
 from pcd_ray.ray_shares import WorkerShare
-from pcd_ray.uris import without_secrets
 
-_OBJECT_STORE_SHARE = 0.2  # of this machine's memory, when we start Ray ourselves
 PASSIVE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of every process that computes on CPUs. Torch's threads otherwise spin while they
 wait for each other, which costs several times the work itself as soon as cores are shared with
 data tasks; read once, when torch is loaded."""
-_AUTH_MODE = "RAY_AUTH_MODE"
+_DEATHS: tuple[tuple[type[Exception], str], ...] = (
+    (
+        ray.exceptions.OutOfDiskError,
+        "the disk that holds Ray's files is full: free space there, or set RAY_TMPDIR to a folder "
+        "on another disk",
+    ),
+    (
+        ray.exceptions.ObjectStoreFullError,
+        "Ray's object store is full: use smaller batches, fewer workers on a node, or nodes with "
+        "more memory",
+    ),
+    (
+        ray.exceptions.RuntimeEnvSetupError,
+        "Ray could not set up its environment: see runtime_env_setup-*.log in Ray's logs on its "
+        "node",
+    ),
+    (
+        ray.exceptions.TaskUnschedulableError,
+        "no node can hold it: check data.node_labels, train.node_labels and the nodes' resources",
+    ),
+    (
+        ray.exceptions.ActorUnschedulableError,
+        "no node can hold it: check data.node_labels, train.node_labels and the nodes' resources",
+    ),
+    (ray.exceptions.NodeDiedError, "its node is gone: rerun the same command"),
+    (
+        ray.exceptions.LocalRayletDiedError,
+        "Ray on this machine has ended: see Ray's logs, then rerun the same command",
+    ),
+    (
+        ray.exceptions.RayError,
+        "it may have run out of memory: rerun the same command, on a larger machine if need be",
+    ),
+)
+"""What ends a process, and what helps; the first kind that fits counts."""
 _JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # where Ray unpacks ``--working-dir``
 
 
@@ -42,64 +73,11 @@ def connect(autoscaled: Sequence[Node] = ()) -> Cluster:
     address = os.environ.get("RAY_ADDRESS") or "local"
     alone = address == "local"
     if not ray.is_initialized():
-        if address.startswith(("http://", "https://")):
-            shown = _shown(address)
-            raise ClusterError(
-                f"RAY_ADDRESS={shown!r} is a dashboard's: it takes jobs (ray job submit "
-                f"--address {shown} --working-dir . -- python jobs/train.py ...); unset "
-                "RAY_ADDRESS to run on this machine"
-            )
-        # a cluster of one machine that dies with this process needs no token
-        open_to_all = {} if not alone or _AUTH_MODE in os.environ else {_AUTH_MODE: "disabled"}
-        try:
-            with environment(open_to_all):
-                ray.init(
-                    address=address,
-                    logging_level=logging.WARNING,
-                    log_to_driver=False,
-                    include_dashboard=False if alone else None,
-                    object_store_memory=_object_store_bytes() if alone else None,
-                )
-        except Exception as error:  # Ray's own kinds, and bare ones when it starts too slowly
-            raise _no_cluster(address, error) from error
+        if alone:
+            start_ray()
+        else:
+            join_ray(address)
     return cluster_nodes(autoscaled, ours=alone)
-
-
-@contextlib.contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process while a call of Ray's runs that has no arguments for them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _no_cluster(address: str, error: Exception) -> ClusterError:
-    """Say why there is no cluster; a password in its address is not repeated."""
-    if address == "local":
-        return ClusterError(
-            f"Ray cannot be started on this machine ({error}); it may be too busy or short of "
-            "memory or disk: free some and try again"
-        )
-    shown = _shown(address)
-    why = error if shown == address else type(error).__name__  # its words may hold the address
-    return ClusterError(
-        f"the Ray cluster at RAY_ADDRESS={shown!r} does not answer ({why}); check the address, "
-        "export RAY_AUTH_MODE=token if it asks for one (~/.ray/auth_token must hold the "
-        "cluster's), or unset RAY_ADDRESS"
-    )
-
-
-def _shown(address: str) -> str:
-    if "://" in address:
-        return without_secrets(address)
-    return without_secrets(f"ray://{address}").removeprefix("ray://")
 
 
 def check_outlives_job(option: str, uri: str) -> None:
@@ -236,13 +214,11 @@ def explained_death(error: BaseException) -> ClusterError | None:
             f"there was not enough memory ({line}); use smaller batches or images, more workers, "
             "or a larger machine: the same command goes on from what is stored"
         )
-    if isinstance(error, ray.exceptions.RayError) and not isinstance(
-        error, ray.exceptions.RayTaskError
-    ):
-        return ClusterError(
-            f"a process that computes died ({line}); it may have run out of memory: give the same "
-            "command again, on a larger machine if need be"
-        )
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return None
+    for kind, fix in _DEATHS:
+        if isinstance(error, kind):
+            return ClusterError(f"a process that computes was lost ({line}); {fix}")
     return None
 
 
@@ -277,8 +253,3 @@ def _remove_placement_group(group_id: str) -> None:
     """Remove a placement group by its id, in hex: Ray removes by handle, and finds by name only."""
     identity = ray.PlacementGroupID(bytes.fromhex(group_id))
     ray.util.remove_placement_group(ray.util.placement_group.PlacementGroup(identity))
-
-
-def _object_store_bytes() -> int:
-    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return int(min(8 * 2**30, _OBJECT_STORE_SHARE * pages * page))

@@ -24,7 +24,8 @@ from pcd_ray.checkpoint import RunFolder, checkpoint_steps
 from pcd_ray.config import TrainConfig
 from pcd_ray.errors import PcdError, TrainingError, from_plain, to_plain
 from pcd_ray.patient_files import patient_filesystem
-from pcd_ray.ray_cluster import PASSIVE_THREADS, environment
+from pcd_ray.ray_cluster import PASSIVE_THREADS
+from pcd_ray.ray_connect import environment
 from pcd_ray.ray_events import Event, EventReceiver, EventSender
 from pcd_ray.ray_nodes import Need, Standstill
 from pcd_ray.ray_shares import WorkerShare

@@ -21,6 +21,7 @@ HEAD = "node:__internal_head__"
 """Resource that the head alone has."""
 _LAUNCHERS_FILE = "~/ray_bootstrap_config.yaml"  # as ``ray up`` writes it on the head: JSON
 _LOOK_EVERY_S = 1.0
+_BUSY_LOOKS = 10
 _SAY_AFTER_S = (0.0, 15.0, 30.0, 60.0, 120.0)  # then as often as from the last but one to the last
 _SLACK = 1e-6  # Ray counts in parts of 1e-4
 
@@ -310,18 +311,37 @@ def busy_line(need: Need) -> str:
         if group["placement_group_id"].endswith(job)
         and any(_alike(each, bundle) for each in group["bundles"].values())
     }
+    waits = bool(states & {"PENDING", "RESCHEDULING"})  # of a sweep's trials others may have theirs
+    if not waits and ("CREATED" in states or not _lacks(need)):
+        return ""
+    return f"the nodes are there but busy: {need} ask for room, {_free_line(need)}"
+
+
+def say_if_busy(need: Need, say: Callable[[str], None]) -> None:
+    """Log a line if the nodes have had no room for these processes for ten seconds.
+
+    Ray begins them when there is room, and says nothing until then.
+    """
+    for _ in range(_BUSY_LOOKS):
+        if not _lacks(need):
+            return
+        time.sleep(_LOOK_EVERY_S)
+    say(f"the nodes are there but busy: {need} wait for room, {_free_line(need)}")
+
+
+def _lacks(need: Need) -> bool:
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    wanted = _bundle(need)
+    wanted.pop("memory", None)
+    return any(free.get(name, 0.0) + _SLACK < n * need.count for name, n in wanted.items())
+
+
+def _free_line(need: Need) -> str:
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    wanted = {name: amount * need.count for name, amount in bundle.items() if name != "memory"}
-    lacks = any(free.get(name, 0.0) + _SLACK < amount for name, amount in wanted.items())
-    waits = bool(states & {"PENDING", "RESCHEDULING"})  # of a sweep's trials others may have theirs
-    if not waits and ("CREATED" in states or not lacks):
-        return ""
-    parts = [f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s" for name in wanted]
-    return (
-        f"the nodes are there but busy: {need} ask for room, free on all nodes are "
-        f"{' and '.join(parts)}"
-    )
+    names = [name for name in _bundle(need) if name != "memory"]
+    parts = [f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s" for name in names]
+    return f"free on all nodes are {' and '.join(parts)}"
 
 
 def _wait(

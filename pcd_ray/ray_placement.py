@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from pcd_ray.config import Config
 from pcd_ray.ray_cluster import connect
-from pcd_ray.ray_nodes import Cluster, Need, Node, fits, wait_for_nodes
+from pcd_ray.ray_nodes import Cluster, Need, Node, fits, say_if_busy, wait_for_nodes
 from pcd_ray.ray_shares import (
     Asked,
     WorkerShare,
@@ -83,12 +83,13 @@ def task_of_data(config: Config) -> Need:
 
 
 def wait_for_data_nodes(config: Config, task: Need, *, say: Callable[[str], None]) -> None:
-    """Wait until there is a node for a task of Ray Data.
+    """Wait until there is a node for a task of Ray Data; log a line if all of them are busy.
 
     Raises:
         ClusterError: none has come within ``run.wait_for_nodes_s``.
     """
     wait_for_nodes(Need("workers", 0, 0.0), task, limit_s=config.run.wait_for_nodes_s, say=say)
+    say_if_busy(task, say)
 
 
 def note_on_nodes(config: Config, share: WorkerShare) -> str:

@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 
 from pcd_ray.errors import PcdError
 from pcd_ray.local_files import path_on_disk, text_of_path, walk
-from pcd_ray.patience import may_pass, patiently
+from pcd_ray.patience import fix_for, may_pass, patiently
 from pcd_ray.uris import (
     BUCKETS,
     absolute,
@@ -158,11 +158,12 @@ def attempted(uri: str, action: str, operation: Callable[[], _Result]) -> _Resul
     try:
         return patiently(f"{uri} cannot be {action}", operation, remote=remote)
     except (OSError, ValueError) as error:  # pyarrow raises ArrowInvalid (a ValueError) for URIs
-        kind, fix = StorageError, "check the path, the free space and the permissions"
+        kind = StorageError
         if isinstance(error, _GONE):
             kind = GoneError
         elif may_pass(error, remote=remote):
-            kind, fix = UnavailableError, "check the storage, then give the same command again"
+            kind = UnavailableError
+        fix = fix_for(error, remote=remote)
         raise kind(f"{uri} cannot be {action}: {error}; {fix}") from error
 
 

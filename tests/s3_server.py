@@ -22,6 +22,12 @@ _ERRORS = {
     "busy": ("503 Slow Down", "SlowDown"),
     "broken": ("500 Internal Server Error", "InternalError"),
     "denied": ("403 Forbidden", "AccessDenied"),
+    "expired": ("400 Bad Request", "ExpiredToken"),
+    "key": ("403 Forbidden", "InvalidAccessKeyId"),
+    "secret": ("403 Forbidden", "SignatureDoesNotMatch"),
+    "region": ("301 Moved Permanently", "PermanentRedirect"),
+    "region in signature": ("400 Bad Request", "AuthorizationHeaderMalformed"),
+    "quota": ("403 Forbidden", "QuotaExceeded"),
 }
 
 
@@ -45,7 +51,7 @@ class S3Server:
     to_fail: float = 0
     """How many of the next requests that `which` takes fail."""
     failure: str = "busy"
-    """``busy``, ``broken``, ``denied``, or ``dropped``: the connection ends without a word."""
+    """One of `_ERRORS`, or ``dropped``: the connection ends without a word."""
     which: Callable[[dict[str, Any]], bool] = any_request
     failed: int = 0
     """How many have failed."""

@@ -31,7 +31,7 @@ class RunScores:
         self.folder = RunFolder.of(config)
         self.worker = worker
         self.events = events
-        with Watch("opening the evaluation images", events.say):
+        with progress("opening the evaluation images"):
             self.knn_images = open_knn_images(config)
         for line in self.knn_images.left_out if self.knn_images else ():
             events.say(f"note: kNN: {line}")

@@ -20,7 +20,8 @@ from pcd_ray.config import Config, config_to_values, to_yaml, with_values
 from pcd_ray.data.shards import open_shards
 from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray.errors import ClusterError, ConfigError
-from pcd_ray.ray_cluster import check_outlives_job, environment
+from pcd_ray.ray_cluster import check_outlives_job
+from pcd_ray.ray_connect import environment
 from pcd_ray.ray_fit import stopped_in_order
 from pcd_ray.ray_nodes import HEAD, Cluster, Node, cpus_of, gpus_of, nodes_with
 from pcd_ray.ray_placement import asked_of, cluster_of

@@ -71,6 +71,40 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"pcd-ray {__version__}\n"
 
 
+def test_a_working_folder_that_is_gone_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["inspect", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: the working folder cannot be used (No such file or directory)")
+
+
+def test_modules_of_the_working_folder_hide_none_of_ours(tmp_path: Path, images: str) -> None:
+    for name in ("random", "json", "PIL", "yaml", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('hidden')")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-m", "pcd_ray", "inspect", images, "--json"],
+        capture_output=True, text=True, check=True, timeout=300, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(found.stdout)["images"] == 3
+
+
+def test_sigterm_ends_what_runs_in_words() -> None:
+    def waits(_: argparse.Namespace) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = _run(argparse.Namespace(run=waits, traceback=False))
+    assert (outcome["exit_code"], outcome["error"].partition(";")[0]) == (130, "stopped")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_flags_may_stand_anywhere(images: str, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["--json", "inspect", images],

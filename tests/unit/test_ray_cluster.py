@@ -2,54 +2,11 @@ import contextlib
 import os
 
 import pytest
+import ray
 
 from pcd_ray.errors import ClusterError
-from pcd_ray.ray_cluster import check_outlives_job, connect, environment
-
-
-def test_the_address_that_takes_jobs_is_not_one_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by a test before in this process
-    with pytest.raises(ClusterError, match=r"submit --address http://127\.0\.0\.1:8265 "):
-        connect()
-
-
-@pytest.mark.parametrize(
-    ("address", "shown"),
-    [
-        ("https://AKIA1:hunter2@host:8265", "https://***"),
-        ("http://host:8265/?token=hunter2", "http://host:8265/"),
-        ("ray://AKIA1:hun/ter2@host:10001", "ray://***"),
-        ("AKIA1:hunter2@host:6379", "***"),
-    ],
-)
-def test_a_password_in_an_address_is_not_repeated(
-    address: str, shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*, address: str, **_: object) -> None:
-        raise ConnectionError(f"cannot reach {address}")
-
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", fails)
-    with pytest.raises(ClusterError) as refused:
-        connect()
-    assert f"RAY_ADDRESS={shown!r} " in str(refused.value)
-    for secret in ("AKIA1", "hun", "ter2"):
-        assert secret not in str(refused.value)
-
-
-def test_an_address_without_a_password_is_told_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fails(*, address: str, **_: object) -> None:
-        raise ConnectionError(f"cannot reach {address}")
-
-    monkeypatch.setenv("RAY_ADDRESS", "[::1]:6379")
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", fails)
-    with pytest.raises(ClusterError, match=r"'\[::1\]:6379' does not answer \(cannot reach \["):
-        connect()
+from pcd_ray.ray_cluster import check_outlives_job, connect, explained_death
+from pcd_ray.ray_connect import environment
 
 
 def test_starting_ray_changes_no_variable_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +45,26 @@ def test_nothing_is_stored_where_a_job_has_its_working_folder() -> None:
     inside = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs"
     with pytest.raises(ClusterError, match=r"run\.root=/tmp/ray/.* a place that all nodes share"):
         check_outlives_job("run.root", inside)
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (MemoryError("cannot allocate 3 GiB"), "there was not enough memory (cannot allocate 3 Gi"),
+        (ray.exceptions.OutOfDiskError(), "the disk that holds Ray's files is full: free space"),
+        (ray.exceptions.ObjectStoreFullError(), "object store is full: use smaller batches"),
+        (ray.exceptions.RuntimeEnvSetupError("no pip"), "could not set up its environment: see"),
+        (ray.exceptions.NodeDiedError("gone"), "its node is gone: rerun the same command"),
+        (ray.exceptions.LocalRayletDiedError(), "Ray on this machine has ended: see Ray's logs"),
+        (ray.exceptions.TaskUnschedulableError("no GPU"), "no node can hold it: check data.node_l"),
+        (ray.exceptions.ActorDiedError(), "it may have run out of memory: rerun the same command"),
+        (ray.exceptions.WorkerCrashedError(), "it may have run out of memory: rerun the same"),
+    ],
+)
+def test_each_death_has_its_own_fix(error: Exception, fix: str) -> None:
+    assert fix in str(explained_death(error))
+
+
+def test_errors_of_the_work_itself_are_no_deaths() -> None:
+    assert explained_death(ValueError("wrong")) is None
+    assert explained_death(ray.exceptions.RayTaskError("f", "trace", ValueError("wrong"))) is None

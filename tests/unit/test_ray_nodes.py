@@ -18,6 +18,7 @@ from pcd_ray.ray_nodes import (
     launchers_nodes,
     nodes_now,
     room_for,
+    say_if_busy,
     with_autoscaled,
 )
 
@@ -162,6 +163,23 @@ def test_workers_wait_for_room_until_they_have_it(
         f"for room, free on all nodes are 64 of 64 CPUs and {free:g} of 8 GPUs"
     )
     assert line == (told if waits else "")
+
+
+@pytest.mark.parametrize(("free", "said"), [([1.0], []), ([0.0, 1.0], []), ([0.0] * 12, [0.0])])
+def test_work_that_waits_for_busy_nodes_is_told_so_after_a_while(
+    free: list[float], said: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, lines, slept = iter(free), list[str](), list[float]()
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": next(seen)})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("pcd_ray.ray_nodes.time.sleep", slept.append)
+    say_if_busy(Need("data tasks", 1, 1.0), lines.append)
+    assert lines == [
+        "the nodes are there but busy: 1 data tasks of 1 CPUs wait for room, free on all nodes are "
+        f"{left:g} of 2 CPUs"
+        for left in said
+    ]
+    assert sum(slept) == (10.0 if said else len(free) - 1)
 
 
 def test_labels_are_plain_names_and_values() -> None:

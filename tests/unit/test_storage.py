@@ -29,7 +29,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, no_space)
-    with pytest.raises(StorageError, match=r"a.txt cannot be written: .*No space left.*free space"):
+    with pytest.raises(
+        StorageError, match=r"a.txt cannot be written: .*No space left.*; free space"
+    ):
         storage.write_text(uri, "new, and longer")
     assert storage.read_text(uri) == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -52,10 +54,49 @@ def test_a_write_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     folder = str(tmp_path / "file" / "run")
-    with pytest.raises(StorageError, match=r"file/\S+ cannot be written.*check the path"):
+    with pytest.raises(StorageError, match=r"file/\S+ cannot be written.*; a file is where a"):
         storage.check_writable(folder)
     storage.check_writable(str(tmp_path / "runs" / "run"))
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_each_cause_on_a_local_disk_has_its_own_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "loop").symlink_to("loop")
+    written, read = storage.check_writable, storage.read_bytes
+    for name, operation, fix in (
+        ("missing/file", read, "correct the path"),
+        (".", read, "a folder is where a file is needed: move it, or use another path"),
+        ("file/below", read, "a file is where a folder is needed: move it, or use another path"),
+        ("file/below", written, "a file is where a folder is needed: move it, or use another path"),
+        ("n" * 300, read, "use a shorter name"),
+        ("n" * 300, written, "use a shorter name"),
+        ("loop", read, "its symbolic links form a loop: correct them"),
+    ):
+        with pytest.raises(StorageError) as refused:
+            operation(str(tmp_path / name))
+        assert str(refused.value).rpartition("; ")[2] == fix, name
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.EACCES, "change its permissions or owner, or use another path"),
+        (errno.EROFS, "the file system is read-only: use another path"),
+        (errno.EDQUOT, "the disk quota is used up: delete files, or use another path"),
+        (errno.EMFILE, "too many files are open: raise the limit (ulimit -n)"),
+    ],
+)
+def test_causes_that_a_test_cannot_make_are_told_by_their_number(
+    number: int, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(StorageError) as refused:
+        storage.write_text(str(tmp_path / "a.txt"), "text")
+    assert str(refused.value).endswith(f"{os.strerror(number)}; {fix}")
 
 
 def test_what_is_missing_is_no_error_where_nothing_is_asked_of_it(tmp_path: Path) -> None:
@@ -141,5 +182,5 @@ def test_a_question_mark_in_a_local_name_is_part_of_it(tmp_path: Path) -> None:
 
 
 def test_an_unknown_scheme_is_refused_in_words() -> None:
-    with pytest.raises(StorageError, match=r"ftp2://host/a cannot be opened.*check the path"):
+    with pytest.raises(StorageError, match=r"ftp2://host/a cannot be opened.*; give a path, s3:"):
         storage.exists("ftp2://host/a")

@@ -142,11 +142,57 @@ def test_a_store_that_goes_on_failing_is_unavailable_and_one_that_refuses_is_not
     assert server.failed == 5
     server.fail(float("inf"), "denied")
     caplog.clear()
-    with pytest.raises(StorageError, match=r"(?s)ACCESS_DENIED.*check the path") as refused:
+    with pytest.raises(StorageError, match=r"(?s)ACCESS_DENIED.*access is denied") as refused:
         operations(uri)[action]()
     assert not isinstance(refused.value, UnavailableError)
     assert server.failed == 1
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("failure", "fix_of_writing", "fix_of_reading"),
+    [
+        ("denied", "access is denied: check", "access is denied: check"),
+        ("expired", "the session token has expired: renew", "the session token has expired ("),
+        ("key", "the credentials are wrong: correct", "access is denied: check"),
+        ("secret", "the credentials are wrong: correct", "access is denied: check"),
+        ("region", "the bucket is in another region: set", "the bucket is in another region: set"),
+        (
+            "region in signature",
+            "the bucket is in another region: set",
+            "the session token has expired (renew it), or the bucket is in another region (set ",
+        ),
+        ("quota", "the storage is full: delete", "access is denied: check"),
+    ],
+)
+def test_each_refusal_of_a_store_has_its_own_fix(
+    server: S3Server, failure: str, fix_of_writing: str, fix_of_reading: str
+) -> None:
+    """A request for what is known of an object is answered without a reason, with a number."""
+    uri = f"s3://{BUCKET}/refused/file{server.query}"
+    server.fail(float("inf"), failure)
+    with pytest.raises(StorageError) as refused:
+        storage.write_text(uri, "text")
+    assert f"; {fix_of_writing}" in str(refused.value)
+    with pytest.raises(StorageError) as refused:
+        storage.read_text(uri)
+    assert f"; {fix_of_reading}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fix"),
+    [
+        ("127.0.0.1:1", "the endpoint does not answer: "),
+        ("no-such-host.invalid:9000", "there is no such host: "),
+    ],
+)
+@pytest.mark.parametrize("bucket", ["s3://bucket", "gs://anonymous@bucket"])
+def test_an_endpoint_that_is_not_there_is_told_from_a_host_that_is_not(
+    bucket: str, endpoint: str, fix: str
+) -> None:
+    with pytest.raises(UnavailableError) as failed:
+        storage.read_text(f"{bucket}/a?endpoint_override={endpoint}&scheme=http")
+    assert f"; {fix}" in str(failed.value)
 
 
 def test_what_is_not_there_is_not_waited_for(
@@ -154,7 +200,7 @@ def test_what_is_not_there_is_not_waited_for(
 ) -> None:
     with pytest.raises(GoneError, match="nothing"):
         storage.read_bytes(f"s3://{BUCKET}/nothing{server.query}")
-    with pytest.raises(StorageError, match="NO_SUCH_BUCKET"):
+    with pytest.raises(StorageError, match=r"NO_SUCH_BUCKET.*; create the bucket"):
         storage.write_text(f"s3://no-bucket/a{server.query}", "x")
     with pytest.raises(StorageError, match="Unexpected query parameter"):
         storage.exists(f"s3://{BUCKET}/a{server.query}&speed=high")
