@@ -294,7 +294,7 @@ def _queue_note(config: Config, *, steps: int, num_images: int) -> dict[str, str
     if needed > steps:
         why = f"needs {needed:,} steps to fill, the run has {steps:,}; the rest stays random"
     elif needed and config.train.epochs > 1 and size > num_images / 2:
-        why = f"is more than half of the {num_images:,} images: it holds their own earlier vectors"
+        why = f"is more than half of the {num_images:,} images and holds their own earlier vectors"
     else:
         return {}
     return {"loss.queue_size": f"the queue of {size:,} {why}: use at most {most}"}

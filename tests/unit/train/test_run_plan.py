@@ -195,7 +195,7 @@ def test_passes_of_one_image_stay_filled_where_the_batch_does_not_split() -> Non
     ("size", "epochs", "why"),
     [
         (1, 4, None),
-        (2, 4, "of 2 is more than half of the 3 images: it holds their own earlier vectors"),
+        (2, 4, "of 2 is more than half of the 3 images and holds their own earlier vectors"),
         (12, 4, "of 12 is more than half of the 3 images"),
         (13, 4, "of 13 needs 13 steps to fill, the run has 12; the rest stays random"),
         (3, 1, None),  # no image is seen twice
