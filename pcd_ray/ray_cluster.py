@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.util
+from ray.util.placement_group import PlacementGroup
 
 from pcd_ray.errors import ClusterError, PcdError
 from pcd_ray.ray_nodes import Cluster, Node, cluster_nodes
@@ -222,7 +223,7 @@ def free_reservation(reservation: str) -> bool:
 def _remove_placement_group(group_id: str) -> None:
     """Remove a placement group by its id, in hex: Ray removes by handle, and finds by name only."""
     identity = ray.PlacementGroupID(bytes.fromhex(group_id))
-    ray.util.remove_placement_group(ray.util.placement_group.PlacementGroup(identity))
+    ray.util.remove_placement_group(PlacementGroup(identity))
 
 
 def _object_store_bytes() -> int:
