@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.util
+from ray.util.placement_group import PlacementGroup
 
 from pcd_ray import progress
 from pcd_ray.errors import ClusterError, PcdError
@@ -252,4 +253,4 @@ def free_reservation(reservation: str) -> bool:
 def _remove_placement_group(group_id: str) -> None:
     """Remove a placement group by its id, in hex: Ray removes by handle, and finds by name only."""
     identity = ray.PlacementGroupID(bytes.fromhex(group_id))
-    ray.util.remove_placement_group(ray.util.placement_group.PlacementGroup(identity))
+    ray.util.remove_placement_group(PlacementGroup(identity))
