@@ -257,6 +257,6 @@ def _facts(backbone: Backbone) -> dict[str, Any]:
     return {
         "mean": tuple((backbone.mean.flatten() / 255).tolist()),
         "std": tuple((backbone.std.flatten() / 255).tolist()),
-        "weights": {k: v.detach().clone() for k, v in backbone.body.state_dict().items()},
+        "weights": {k: v.detach() for k, v in backbone.body.state_dict().items()},
         "sha256": tensors_sha256(backbone),
     }
