@@ -194,7 +194,10 @@ def _of_file(uri: str, arch: str) -> JudgedNetwork:
     label = storage.name_of(uri).rpartition(".")[0] or storage.name_of(uri)
     said = file.metadata
     if not str(said.get("made_by", "")).startswith("pcd_ray") or "config" not in said:
-        network = take_apart(file).network
+        parts = take_apart(file)
+        network = parts.network
+        if not arch and parts.foreign:
+            raise WeightsError(f"{uri} {parts.foreign}")
         if not arch and isinstance(network, str):
             raise WeightsError(
                 f"{uri} does not say its network: {network}; write {uri}@TIMM_NAME, such as "
@@ -257,6 +260,6 @@ def _facts(backbone: Backbone) -> dict[str, Any]:
     return {
         "mean": tuple((backbone.mean.flatten() / 255).tolist()),
         "std": tuple((backbone.std.flatten() / 255).tolist()),
-        "weights": {k: v.detach().clone() for k, v in backbone.body.state_dict().items()},
+        "weights": {k: v.detach() for k, v in backbone.body.state_dict().items()},
         "sha256": tensors_sha256(backbone),
     }

@@ -15,12 +15,13 @@ from tiny import images
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from pcd_ray.config import TeacherConfig
+from pcd_ray.config import Config, TeacherConfig
 from pcd_ray.distill.build_teacher import LoadedTeacher, load_teacher
 from pcd_ray.distill.networks import Network
 from pcd_ray.distill.teacher_parts import TeacherParts, take_apart
 from pcd_ray.distill.weights import WeightsFile
 from pcd_ray.errors import WeightsError
+from pcd_ray.evaluate.students import open_rows
 
 State = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
@@ -391,3 +392,6 @@ def test_other_names_are_said_and_no_network_is_asked_for(name: str, tmp_path: P
         with pytest.raises(WeightsError, match=f"{whose}.*{instead}") as refused:
             load(state, tmp_path, arch=arch)
         assert "teacher.arch" not in str(refused.value)
+    with pytest.raises(WeightsError, match=f"{whose}.*{instead}") as refused:
+        open_rows([str(tmp_path / "weights.pth")], Config())
+    assert "TIMM_NAME" not in str(refused.value)
