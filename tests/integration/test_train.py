@@ -244,6 +244,12 @@ def start_command(config: Config, folder: Path) -> "subprocess.Popen[str]":
     )
 
 
+OUR_LINE = re.compile(
+    r"(plan|note|warning|kNN top-1): |step \d+/\d+ epoch |epoch \d+ read: |(fitting|judging) the "
+    r"|stopped; "
+)
+
+
 def wait_for_a_checkpoint(command: "subprocess.Popen[str]", config: Config) -> None:
     """Wait until a run has stored step 4.
 
@@ -269,7 +275,8 @@ def test_ctrl_c_stops_a_run_in_words_and_the_same_command_can_go_on(
     assert command.returncode == 130, err
     assert out == ""
     assert err.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
-    assert "Traceback" not in err
+    foreign = [line for line in err.splitlines() if not OUR_LINE.match(line)]
+    assert foreign == []  # no traceback, and nothing that Ray says
     assert newest(config).about["step"] >= 4
 
 
