@@ -81,7 +81,7 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(known)}"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -259,7 +259,8 @@ def driving(marks: Marks, say: Callable[[str], None] | None = None) -> Iterator[
         say: receives a line before this waits; stderr without.
 
     Raises:
-        InUseError: another driver is alive, or has taken over while this one could not be seen.
+        InUseError: another driver is alive, or this one's mark was removed, as by a driver that
+            took over while this one could not be seen.
     """
     lock, ended = DriverLock(marks), threading.Event()
     is_main = threading.current_thread() is threading.main_thread()
@@ -281,8 +282,9 @@ def driving(marks: Marks, say: Callable[[str], None] | None = None) -> Iterator[
         lock.release()
         if lock.is_lost:
             raise InUseError(
-                f"{marks.name}: another driver has taken over, since this one had not been seen "
-                f"for {STALE_S:.0f} s; what is stored is continued there"
+                f"{marks.name}: the mark of this driver is gone, so it has stopped: another driver "
+                f"took over, as this one had not been seen for {STALE_S:.0f} s, or the mark was "
+                "deleted; the same command continues from what is stored"
             )
 
 

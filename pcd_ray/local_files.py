@@ -4,6 +4,7 @@ A byte of a name that is not UTF-8 is written ``\xe9`` in URIs, keys and class n
 found by that name again.
 """
 
+import errno
 import os
 import re
 import stat
@@ -48,8 +49,10 @@ def walk(
             there is such a path.
 
     Raises:
-        OSError: a folder cannot be read.
+        OSError: a folder cannot be read, or ``top`` is a file.
     """
+    if os.path.isfile(top):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), top)
     files: list[tuple[str, os.stat_result]] = []
     left_out: Counter[str] = Counter()
     seen: set[str] = set()

@@ -82,10 +82,10 @@ def progress(what: str, unit: str = "", total: int = 0) -> Iterator[Progress]:
     try:
         yield shown
     finally:
-        _running.remove(shown)
         if outermost:
             ended.set()
             thread.join()
+        _running.remove(shown)
 
 
 def counted(

@@ -42,6 +42,7 @@ _SOCKET_BYTES = 107  # of a path, at most: Linux
 _SESSION_BYTES = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.9")
 _SCRATCH_BYTES = 2**20  # written for a trial
 _ADDRESS = re.compile(r"auto|(ray://)?(\[[^\[\]\s]+\]|[^\[\]\s:/@]+):\d{1,5}")
+_LAST_PORT = 2**16 - 1
 _AUTH_MODE = "RAY_AUTH_MODE"
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
 
@@ -73,7 +74,7 @@ def join_ray(address: str) -> None:
             f"--address {shown} --working-dir . -- python jobs/train.py ...); unset "
             "RAY_ADDRESS to run on this machine"
         )
-    if not _ADDRESS.fullmatch(address):
+    if not _ADDRESS.fullmatch(address) or _port_of(address) > _LAST_PORT:
         raise ClusterError(
             f"RAY_ADDRESS={shown!r} is not HOST:PORT, ray://HOST:PORT or auto; correct it, or "
             "unset it to run on this machine"
@@ -149,6 +150,10 @@ def _package_folder() -> list[str]:
     return [str(Path(pcd_ray.__file__).parents[1])]
 
 
+def _port_of(address: str) -> int:
+    return 0 if address == "auto" else int(address.rpartition(":")[2])
+
+
 def _wait_for_head(address: str, shown: str) -> None:
     begun, due = time.monotonic(), 0.0
     while problem := _problem(address, shown):
@@ -181,7 +186,7 @@ def _problem(address: str, shown: str) -> str:
     except socket.gaierror:
         return "its host name cannot be resolved"
     except TimeoutError:
-        return "its host does not react (is it up, and the port open in the firewall?)"
+        return "its host does not respond (is it up, and is the port open in the firewall?)"
     except ConnectionRefusedError:
         return "nothing listens there"
     except ConnectionError as error:  # of auto
@@ -206,7 +211,7 @@ def _refusal(place: str, shown: str, *, is_client: bool) -> str:
             head: Any = NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
             head.CheckAlive(CheckAliveRequest(), timeout=_PROBE_S)
     except grpc.FutureTimeoutError:
-        return "what listens there is no Ray client server (its port is usually 10001)"
+        return "what listens there is not a Ray client server (its port is usually 10001)"
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise ClusterError(

@@ -104,7 +104,7 @@ def is_override(word: str) -> bool:
         return False
     section, dot, _ = name.partition(".")
     known = bool(dot) and section in (item.name for item in dataclasses.fields(Config))
-    return known or not (word.endswith((".yaml", ".yml")) or os.path.exists(word))
+    return not os.path.exists(word) and (known or not word.endswith((".yaml", ".yml")))
 
 
 def parse_yaml(text: str, name: str = "") -> Any:

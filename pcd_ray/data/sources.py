@@ -176,7 +176,7 @@ def _folder_labels(uri: str, keys: list[str], notes: list[str]) -> tuple[list[in
         classes = sorted({name for part in parts for name in _class_folders(part)})
         labels_are = f"the {len(classes)} classes are the folders in them"
         notes.append(
-            f"{uri}: all read, as splits and not as classes: {', '.join(splits)}; "
+            f"{uri}: read as splits and not as classes: {', '.join(splits)}; "
             + (labels_are if classes else "there are no labels")
         )
     else:
@@ -238,7 +238,7 @@ def _fields(place: str, line: str) -> list[str]:
     except csv.Error as error:
         raise ShardError(f"{place}: {shown} is not CSV ({error}); {form}") from error
     if line.count('"') % 2:
-        raise ShardError(f"{place}: {shown} has a quote without its pair; {form}")
+        raise ShardError(f"{place}: {shown} has an unmatched quote; {form}")
     if len(row) > 2:
         raise ShardError(f"{place}: {shown} has {len(row)} fields; {form}")
     if not row[0].strip():

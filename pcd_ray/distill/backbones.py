@@ -215,7 +215,10 @@ def build_whole(
 class UninitializedParameters(TorchFunctionMode):
     """Networks built within have parameters of no values, which take no memory until set."""
 
-    _FILLS = ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "div_", "clamp_")
+    _FILLS = (
+        *("normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "clamp_", "__setitem__"),
+        *("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__", "__itruediv__"),
+    )
 
     def __torch_function__(
         self,

@@ -14,8 +14,9 @@ from torch import Tensor
 from pcd_ray.distill.networks import Network, efficientnet_of, network_of
 
 _State = dict[str, Tensor]
-_MASK = "stands for hidden patches in its own training"
-_LOCAL_NORM = "a norm for local crops in its own training"
+_MASK = "the mask token of its own training"
+_ROPE = "computed from the width"
+_LOCAL_NORM = "the norm of local crops in its own training"
 EFFICIENTNET_NAMES = "efficientnet_pytorch"
 """Names that say more than timm's do: the padding, which timm's networks differ in."""
 POOLER = "a layer behind the class token, which the map does not depend on"
@@ -173,7 +174,7 @@ _TRANSFORMERS_DINOV3 = Naming(
         (r"\.mlp\.down_proj\.", ".mlp.fc2."),
         (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
     ),
-    dropped={r"^embeddings\.mask_token$": _MASK, r"rope_embeddings\.": "follows from its width"},
+    dropped={r"^embeddings\.mask_token$": _MASK, r"rope_embeddings\.": _ROPE},
     finish=lambda state: _transformers_dinov3(_with_up_projection(state)),
 )
 
@@ -226,8 +227,8 @@ _DINOV3 = Naming(
     dropped={
         r"^mask_token$": _MASK,
         r"^local_cls_norm\.": _LOCAL_NORM,
-        r"^rope_embed\.": "follows from its width",
-        r"\.bias_mask$": "hides the bias of keys",
+        r"^rope_embed\.": _ROPE,
+        r"\.bias_mask$": "the mask that zeroes the key bias",
     },
     finish=_dinov3_biases,
 )

@@ -21,8 +21,8 @@ _OWN_ROOTS = ("features", "body", "blocks", "stages", "layers")
 """Modules that hold all weights of some networks: no prefix of a tool."""
 _NETWORKS = ("model", "net", "network", "backbone", "encoder", "student", "teacher")
 """Attributes under which training code keeps networks."""
-_DECODER = "a decoder, which is no part of the backbone"
-_LOSS = "part of its own loss"
+_DECODER = "a decoder, not part of the backbone"
+_LOSS = "part of its training loss"
 _BESIDE = {
     "head": CLASSIFIER,
     "classifier": CLASSIFIER,
@@ -86,7 +86,9 @@ def open_checkpoint(content: object, *, uri: str) -> StateDict:
     """
     found = dict(_state_dicts(content))
     if not found:
-        raise WeightsError(f"{uri} holds {_what_instead(content)}")
+        raise WeightsError(
+            f"{uri} holds {_what_instead(content)}; give the file that holds the state dict"
+        )
     path = next(iter(found)) if len(found) == 1 else _published(found, uri=uri)
     inner = found[path]
     tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
@@ -153,10 +155,8 @@ def _what_instead(content: object) -> str:
         return f"a {type(content).__name__}, not a state dict of tensors"
     strange = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
     if not strange:
-        return f"tensors under names of no network ({listed([*map(str, inner)])})"
-    return (
-        f"entries that are no tensors: {listed(strange)}; give the file that holds the state dict"
-    )
+        return f"tensors, but none of a network ({listed([*map(str, inner)])})"
+    return f"entries that are no tensors: {listed(strange)}"
 
 
 def unwrapped(tensors: _State, *, known: Callable[[_State], bool], uri: str) -> Unwrapped:

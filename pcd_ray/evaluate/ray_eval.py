@@ -100,7 +100,7 @@ def evaluate(kind: str, specs: Sequence[str], config: Config) -> EvalResult:
     _check_given(chosen, config)
     with progress("reading networks"):
         rows = open_rows(specs, config)
-    with progress("reading labelled sets"):
+    with progress("reading labeled sets"):
         data = chosen.open(config)
     for note in chosen.notes(data, config):
         _say(f"note: {note}")
@@ -108,7 +108,7 @@ def evaluate(kind: str, specs: Sequence[str], config: Config) -> EvalResult:
     storage.check_writable(out)
     share = share_of_workers(config, num_workers=1)
     wait_for_workers(config, share, say=_say, num_workers=1)
-    with progress("comparing labelled sets with stored scores"):
+    with progress("comparing labeled sets with stored scores"):
         page = _page(chosen, data, config, share.device)
         protocol = protocol_of(chosen, data, config, share.device)
     parts = parts_folder(specs[0], config)

@@ -135,7 +135,7 @@ class _Run:
         self.events.resumed(self.state.step)
         batches = self._batches()
         steps = train_steps(self.state, batches, self._loop_settings())
-        with progress("the first step and its images"):
+        with progress("the first training step"):
             first = list(islice(steps, 1))
         done = None
         for done in chain(first, steps):

@@ -153,7 +153,7 @@ def plan_run(config: Config, shards: Shards, *, device: str) -> RunPlan:
         for branch in method.branches
     ]
     notes = {
-        f"{loaded.name}.licence": f"the weights of {loaded.identity.source} do not say their "
+        f"{loaded.name}.licence": f"the weights of {loaded.identity.source} do not state their "
         f"license, and checkpoints and exports will say unknown; give {loaded.name}.licence=..."
         for loaded, _ in teachers
         if loaded.identity.licence == UNKNOWN_LICENSE

@@ -136,7 +136,7 @@ def test_a_run_that_cannot_be_judged_by_one_score_keeps_the_others_and_says_so(
     assert page.count("data:image/png;base64,") == 7
     mask.write_bytes(good)
     again = train(config).metrics
-    assert "not_evaluated" not in again
+    assert not {"not_judged", "not_evaluated"} & again.keys()
     # points: with other numbers of threads the probe's float32 sums are rounded otherwise
     miou = pytest.approx(result.printed["segmentation_miou"], abs=1)
     assert again["segmentation_miou"] == miou

@@ -245,8 +245,8 @@ def start_command(config: Config, folder: Path) -> "subprocess.Popen[str]":
 
 
 OUR_LINE = re.compile(
-    r"(plan|note|warning|kNN top-1): |step \d+/\d+ epoch |epoch \d+ read: |(fitting|judging) the "
-    r"|stopped; "
+    r"(plan|note|warning|kNN top-1): |step \d+/\d+ epoch |epoch \d+ read: |fitting the |stopped; "
+    r"|  \w.*: .* so far|  \w.*: [\d,]+ of [\d,]+ "  # progress, where a part takes long
 )
 
 

@@ -199,7 +199,7 @@ def test_a_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> 
         (["trian"], "'trian' is not a verb; did you mean train?"),
         (
             ["--json", "zzz"],
-            "'zzz' is not a verb; there are demo, pack, train, tune, eval, inspect",
+            "'zzz' is not a verb; choose from demo, pack, train, tune, eval, inspect",
         ),
         (["train", "--dryrun"], "pcd-ray train has no flag --dryrun; did you mean --dry-run?"),
         (["train", "--dry_run", "a.yaml"], "did you mean --dry-run?"),
@@ -208,7 +208,7 @@ def test_a_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> 
         (["inspect", "--verfy", "x"], "did you mean --verify?"),
         (["pack", "--resutl", "x"], "did you mean --result?"),
         (["export", "--josn"], "did you mean --json?"),
-        (["pack", "--dry-run"], "has no flag --dry-run; there are --json, --traceback, --result"),
+        (["pack", "--dry-run"], "has no flag --dry-run; choose from --json, --traceback, --result"),
         (["eval", "detect", "--fraction", "much"], "argument --fraction: invalid float value: 'mu"),
         (["train", "--result"], "argument --result: expected one argument; see pcd-ray train"),
     ],

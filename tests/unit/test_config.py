@@ -342,7 +342,10 @@ def test_the_type_of_an_option_says_how_its_value_is_read_here_and_in_a_file(
 
 @pytest.mark.parametrize(
     "path",
-    ["lr=0.1.yaml", "runs/lr=0.1.yaml", "a=1/run.yml", "exp.lr=1.yaml", "exp.lr=1", "train=2.yaml"],
+    [
+        *("lr=0.1.yaml", "runs/lr=0.1.yaml", "a=1/run.yml", "exp.lr=1.yaml", "exp.lr=1"),
+        *("train=2.yaml", "train.epochs=2.yaml", "train.epochs=2"),
+    ],
 )
 def test_a_file_whose_path_holds_an_equals_sign_is_a_file(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

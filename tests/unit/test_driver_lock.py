@@ -303,7 +303,8 @@ def test_a_driver_that_another_took_over_from_is_stopped(
     (mark,) = (tmp_path / "m").iterdir()
     mark.unlink()
     assert driver.stdout is not None
-    assert driver.stdout.readline().startswith(f"InUseError {tmp_path / 'm'}: another driver has")
+    said = driver.stdout.readline()
+    assert said.startswith(f"InUseError {tmp_path / 'm'}: the mark of this driver is gone")
     assert driver.wait(timeout=60) != 0
 
 

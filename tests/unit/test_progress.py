@@ -34,7 +34,7 @@ def test_lines_come_while_one_step_takes_long_and_parts_share_them(
                 seen.clear()
                 assert seen.wait(60)
                 assert seen.wait(60)
-    outer, inner = lines[-1].strip().split(" | ") if "|" in lines[-1] else lines[-2].split(" | ")
+    outer, inner = [line for line in lines if "|" in line][-1].split(" | ")
     assert outer.strip().startswith("segmentation: 1 of 3 networks")
     assert inner.startswith("features: 1 of 2 images")
     count = len(lines)

@@ -57,7 +57,19 @@ def test_a_password_in_an_address_is_not_repeated(
         assert secret not in told
 
 
-@pytest.mark.parametrize("address", ["host", "host:abc", ":", "ray://host", "foo://a:1", "a b:1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "host",
+        "host:abc",
+        ":",
+        "ray://host",
+        "foo://a:1",
+        "a b:1",
+        "host:65536",
+        "ray://[::1]:99999",
+    ],
+)
 def test_what_is_no_address_is_refused_at_once(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +94,7 @@ def silent_port() -> Iterator[int]:
         ("ray://127.0.0.1:1", "nothing listens there"),
         ("no-such-host.invalid:6379", "its host name cannot be resolved"),
         ("127.0.0.1:SILENT", "what listens there is not the head of a Ray cluster"),
-        ("ray://127.0.0.1:SILENT", "what listens there is no Ray client server"),
+        ("ray://127.0.0.1:SILENT", "what listens there is not a Ray client server"),
     ],
 )
 def test_a_cluster_that_does_not_answer_is_waited_for_in_words_and_then_given_up(

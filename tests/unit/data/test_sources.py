@@ -226,7 +226,7 @@ def test_a_list_of_numbers_keeps_them(tmp_path: Path) -> None:
         (f"a.png,{'9' * 5000}\n", "label 9{40} is over"),
         ('a.png,"cat\nb.png,dog\n', "line 1: .* is not CSV"),
         ('a.png,cat\n\nb.png,"dog\nc.png,x"\n', "line 3: .* is not CSV"),
-        ('"a.png",cat"\n', "line 1: .* has a quote without its pair"),
+        ('"a.png",cat"\n', "line 1: .* has an unmatched quote"),
         ('a.png,"c"at\n', "line 1: .* is not CSV"),
         ("a.png,cat\nb.png\0,dog\n", "line 2 has a NUL character"),
         ("a.png,cat\n,dog\n", "line 2: ',dog' has no path"),

@@ -418,6 +418,19 @@ def mapped(path: str) -> list[range]:
     return [range(int(start, 16), int(end, 16)) for start, end in bounds]
 
 
+def test_a_teacher_that_sets_its_parameters_one_by_one_is_read(tmp_path: Path) -> None:
+    """As timm's ConViT does: no value of its own is needed, all come from the file."""
+    small = {"depth": 1, "local_up_to_layer": 1, "embed_dim": 8}
+    state = dict(timm.create_model("convit_tiny", num_classes=0, **small).state_dict())
+    safetensors.torch.save_file(state, tmp_path / "convit.safetensors")
+    weights = str(tmp_path / "convit.safetensors")
+    loaded = load_teacher(
+        TeacherConfig(arch="convit_tiny", weights=weights, kwargs=small, head="none")
+    )
+    body = loaded.backbone.body.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in body.items())
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "nested.pth"])
 def test_a_teacher_shares_the_memory_of_its_file(

@@ -227,7 +227,7 @@ def test_a_license_that_is_unknown_is_noted_for_each_teacher(folder: Path) -> No
     plan = planned(folder, loss={"queue_size": 1}, teacher_2=second)
     (note,) = plan.notes.items()
     assert note[0] == "teacher_2.licence"
-    assert note[1].startswith("the weights of teacher.safetensors do not say their license")
+    assert note[1].startswith("the weights of teacher.safetensors do not state their license")
     assert note[1].endswith("give teacher_2.licence=...")
 
 
