@@ -257,8 +257,9 @@ def _resolve(folder: str, path: str) -> str:
 
 def _numbered(labels: list[str], uri: str) -> tuple[list[int], list[str]]:
     """Return label numbers and class names: numbers stay as they are, names are sorted."""
-    given = {label for label in labels if label}
-    if given and all(re.fullmatch(r"[0-9]+|-1", label) for label in given):
+    labels = ["" if label == "-1" else label for label in labels]
+    given = set(labels) - {""}
+    if given and all(re.fullmatch("[0-9]+", label) for label in given):
         long = max(given, key=len)
         largest = max(int(label) for label in given) if len(long) <= _MAX_DIGITS else MAX_LABEL + 1
         if largest > MAX_LABEL:

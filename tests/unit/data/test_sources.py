@@ -261,6 +261,14 @@ def test_comment_lines_are_counted_and_minus_one_is_no_label(tmp_path: Path) -> 
     assert notes == [f"{tmp_path}/list.csv: not read: 2 comment lines"]
 
 
+def test_minus_one_is_no_label_beside_names_either(tmp_path: Path) -> None:
+    _tree(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "list.csv").write_text("a.png,-1\nb.png,cat\nc.png,dog\n")
+    index = list_images(str(tmp_path / "list.csv"))
+    assert index.column("label").to_pylist() == [-1, 0, 1]
+    assert classes_of(index) == ("cat", "dog")
+
+
 def test_digits_of_other_scripts_are_names(tmp_path: Path) -> None:
     _tree(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text("a.png,\u00b2\nb.png,3\n")

@@ -238,6 +238,16 @@ NO_LABELS: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], str]] = {
         {},
         r"its palette shows index 1 as gray 2, and both could be the label; save it as an 8-bit",
     ),
+    "palette made of grays with void": (
+        lambda: palette_mask([0, 1, 255]),
+        {},
+        r"its palette shows index 2 as gray 255, and both could be the label; save it as an 8-bit",
+    ),
+    "palette sorted by frequency": (
+        lambda: palette_mask([1, 0, 2]),
+        {},
+        r"its palette shows index 0 as gray 1, and both could be the label; save it as an 8-bit",
+    ),
 }
 
 
@@ -323,3 +333,13 @@ def test_camvid_is_read_as_its_readme_says(shared: Path) -> None:
     road = data.classes.index("road")
     assert float((masks == road).float().mean()) == pytest.approx(0.2895, abs=5e-5)
     assert float((masks == 255).float().mean()) == pytest.approx(0.0170, abs=5e-5)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_that_a_split_lists_twice_is_refused(split: str, tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    list_file = tmp_path / f"{split}.txt"
+    list_file.write_text(f"{list_file.read_text()}\n {split}_00 \n")
+    message = rf"{split}\.txt: 1 lines occur more than once \({split}_00\).*remove the repeated"
+    with pytest.raises(ShardError, match=message):
+        open_segmentation(str(tmp_path))
