@@ -28,6 +28,8 @@ from pcd_ray.evaluate.segment.segmentation_masks import stored_labels
 VOID = 255
 """Label of pixels that are not judged."""
 
+_MAX_ENLARGED_PIXELS = 2**23
+"""Of an enlarged image: only thin strips exceed it; networks need over 100 bytes per pixel."""
 _SPLITS = ("train", "val", "test")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _LAYOUT = "a segmentation set has images/, masks/, classes.txt, train.txt and val.txt"
@@ -79,7 +81,8 @@ class SegmentationData:
         with _readable(self.images[name]):
             image = finish_rgb(self._opened(data))
         width, height = self.resized_size(image)
-        if width * height > _max_pixels():
+        enlarged = width * height > image.width * image.height
+        if width * height > (_MAX_ENLARGED_PIXELS if enlarged else _max_pixels()):
             raise ShardError(
                 f"{self.images[name]}: its {image.width} x {image.height} px become {width:,} x "
                 f"{height:,} at eval.segmentation_size_px={self.size_px}; leave this image out"

@@ -62,12 +62,21 @@ def test_photographs_are_turned_as_viewers_turn_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_segmentation(folder).decoded("val_00")[1], labels)
 
 
-def test_a_strip_that_resizing_would_make_huge_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strip", "size_px", "shown"),
+    [
+        ((60_000, 1), 240, "60000 x 1 px become 14,400,000 x 240"),
+        ((20_000, 2), 64, "20000 x 2 px become 640,000 x 64"),  # a network took 5 GB for it
+    ],
+)
+def test_a_strip_that_resizing_would_make_huge_is_refused(
+    strip: tuple[int, int], size_px: int, shown: str, tmp_path: Path
+) -> None:
     folder = painted_set(tmp_path)
-    Image.new("RGB", (60_000, 1)).save(tmp_path / "images" / "val_01.png")
-    message = r"val_01\.png: its 60000 x 1 px become 14,400,000 x 240"
+    Image.new("RGB", strip).save(tmp_path / "images" / "val_01.png")
+    message = rf"val_01\.png: its {shown}"
     with pytest.raises(ShardError, match=message):
-        open_segmentation(folder, size_px=240).decoded("val_01")
+        open_segmentation(folder, size_px=size_px).decoded("val_01")
 
 
 def test_lists_are_read_with_byte_order_marks_and_lose_no_line(tmp_path: Path) -> None:
