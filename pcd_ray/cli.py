@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in ray_cluster.PASSIVE_THREADS
     try:
+        _check_utf8(words)
         options = _parsed(_joined(words))
     except PcdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +57,22 @@ def _main(words: Sequence[str]) -> int:
         _print_table(outcome["summary"])
     code: int = outcome["exit_code"]
     return code
+
+
+def _check_utf8(words: Sequence[str]) -> None:
+    """Refuse arguments that Ray and configuration files cannot hold.
+
+    Raises:
+        PcdError: one is not UTF-8.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(word).decode("utf-8", "backslashreplace")
+            raise PcdError(
+                f"{shown}: the argument is not UTF-8; rename the file or folder"
+            ) from error
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:

@@ -10,9 +10,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from importlib.machinery import ModuleSpec
@@ -137,6 +139,10 @@ def _init(address: str, *, is_client: bool = False, **options: Any) -> None:
     if not is_client:
         options["job_config"] = _PackagesAlone(_py_driver_sys_path=_package_folder())
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **options)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's C++ core has meanwhile put a handler before Ray's own in Python: it prints a stack
+        # trace, and ends with SIGABRT a process that is not gone 3 s after SIGTERM
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _package_folder() -> list[str]:

@@ -9,7 +9,7 @@ import yaml
 _MAX_DEPTH = 24
 """Mappings and lists inside one another; a configuration needs five."""
 _TAG = "tag:yaml.org,2002:"
-_FLOAT = re.compile(r"(?=.*[.eE])[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
+_FLOAT = re.compile(r"(?=.*[.eE])[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?$")
 """``1e5``, ``3e-2`` and ``-.5`` too, which YAML 1.1 takes for text."""
 
 

@@ -16,7 +16,6 @@ from pcd_ray.data.image_index import (
     INDEX_SCHEMA,
     classes_of,
     relabelled,
-    repeated_keys,
     with_classes,
 )
 from pcd_ray.data.ranges import by_filesystem
@@ -112,7 +111,14 @@ def list_sources(uris: Sequence[str], notes: list[str] | None = None) -> pa.Tabl
         source = pa.array(np.full(table.num_rows, number, np.int32))
         table = table.set_column(5, INDEX_SCHEMA.field("source"), source)
         parts.append(table.replace_schema_metadata(None))
-    return with_classes(pa.concat_tables(parts).combine_chunks(), classes)
+    index = pa.concat_tables(parts).combine_chunks()
+    places = index.select(["uri", "offset"]).group_by(["uri", "offset"]).aggregate([]).num_rows
+    if notes is not None and places < index.num_rows:
+        notes.append(
+            f"data.sources: {index.num_rows - places:,} images are named again by another source "
+            "and count again; a source's weight does the same without copies"
+        )
+    return with_classes(index, classes)
 
 
 def is_list(uri: str) -> bool:
@@ -203,12 +209,27 @@ def _from_list(uri: str, notes: list[str]) -> pa.Table:
     uris = [_resolve(folder, path) for path, _ in entries]
     labels, classes = _numbered([label for _, label in entries], uri)
     index = _table([path for path, _ in entries], labels, _with_sizes(uri, uris), classes)
-    if repeated := repeated_keys(index):
+    counts = Counter(_real_files(uris))
+    if repeated := [file for file, count in counts.items() if count > 1]:
         raise ShardError(
-            f"{uri}: names {repeated[0]!r} more than once ({len(repeated)} paths in all); "
+            f"{uri}: names {repeated[0]} more than once ({len(repeated)} files in all); "
             "remove the repeated lines, or give the source a weight instead"
         )
     return index
+
+
+def _real_files(uris: Sequence[str]) -> list[str]:
+    """Return each file in its real folder, whatever spelling or folder link leads there.
+
+    A link to a file counts as a file of its own, as in a folder.
+    """
+    real_folder = functools.cache(os.path.realpath)
+    return [
+        uri
+        if storage.is_remote(uri)
+        else os.path.join(real_folder(os.path.dirname(uri)), os.path.basename(uri))
+        for uri in uris
+    ]
 
 
 def _parse_list(uri: str, notes: list[str]) -> list[tuple[str, str]]:
@@ -257,8 +278,9 @@ def _resolve(folder: str, path: str) -> str:
 
 def _numbered(labels: list[str], uri: str) -> tuple[list[int], list[str]]:
     """Return label numbers and class names: numbers stay as they are, names are sorted."""
-    given = {label for label in labels if label}
-    if given and all(re.fullmatch(r"[0-9]+|-1", label) for label in given):
+    labels = ["" if label == "-1" else label for label in labels]
+    given = set(labels) - {""}
+    if given and all(re.fullmatch("[0-9]+", label) for label in given):
         long = max(given, key=len)
         largest = max(int(label) for label in given) if len(long) <= _MAX_DIGITS else MAX_LABEL + 1
         if largest > MAX_LABEL:

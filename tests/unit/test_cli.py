@@ -208,6 +208,10 @@ def test_a_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> 
         (["inspect", "--verfy", "x"], "did you mean --verify?"),
         (["pack", "--resutl", "x"], "did you mean --result?"),
         (["export", "--josn"], "did you mean --json?"),
+        (
+            ["pack", "data.sources=a\udce9"],
+            r"data.sources=a\xe9: the argument is not UTF-8; rename",
+        ),
         (["pack", "--dry-run"], "has no flag --dry-run; choose from --json, --traceback, --result"),
         (["eval", "detect", "--fraction", "much"], "argument --fraction: invalid float value: 'mu"),
         (["train", "--result"], "argument --result: expected one argument; see pcd-ray train"),

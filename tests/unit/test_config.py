@@ -305,6 +305,7 @@ def test_text_behind_an_equals_sign_is_taken_as_it_is(text: str) -> None:
         ("student.head_norm=off", "off"),
         ("train.compile=on", True),
         ("optim.base_lr=3e-2", 0.03),
+        ("student.kwargs={act: 0.5relu, v: 1.2.3}", {"act": "0.5relu", "v": "1.2.3"}),
         ("student.kwargs.a=-.5E+0", {"a": -0.5}),
         ("loss.queue_size=1e3", 1000),
         ("loss.queue_size=1_000", 1000),

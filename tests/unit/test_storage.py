@@ -184,3 +184,9 @@ def test_a_question_mark_in_a_local_name_is_part_of_it(tmp_path: Path) -> None:
 def test_an_unknown_scheme_is_refused_in_words() -> None:
     with pytest.raises(StorageError, match=r"ftp2://host/a cannot be opened.*; give a path, s3:"):
         storage.exists("ftp2://host/a")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "b": 2, "a": 1}', '[{"x": {"a": [], "a": [1]}}]'])
+def test_json_that_gives_a_key_twice_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="the key 'a' is given twice"):
+        storage.parse_json(text)

@@ -70,6 +70,12 @@ def looked_through(data: SegmentationData) -> SegmentSet:
         notes += data.check_labels(
             split, np.sum([seen[name].pixels for name in data.names(split)], axis=0)
         )
+        shared = set(data.names(split)) & set(data.names("train")) if split != "train" else ()
+        if shared:
+            notes.append(
+                f"{len(shared)} of {len(data.names(split))} images of {split} are in train too: "
+                "scores on them do not show how well new images are segmented"
+            )
     sizes = tuple(sorted({found.size for found in seen.values()}))
     return SegmentSet(data, tuple(notes), sizes, hash_of(facts))
 

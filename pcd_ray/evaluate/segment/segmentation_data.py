@@ -8,6 +8,7 @@
 Shapes: B images, L classes, H x W pixels of the network's input, Y x X pixels of the mask.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from pcd_ray.evaluate.segment.segmentation_masks import stored_labels
 VOID = 255
 """Label of pixels that are not judged."""
 
+_MAX_ENLARGED_PIXELS = 2**23
+"""Of an enlarged image: only thin strips exceed it; networks need over 100 bytes per pixel."""
 _SPLITS = ("train", "val", "test")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _LAYOUT = "a segmentation set has images/, masks/, classes.txt, train.txt and val.txt"
@@ -78,7 +81,8 @@ class SegmentationData:
         with _readable(self.images[name]):
             image = finish_rgb(self._opened(data))
         width, height = self.resized_size(image)
-        if width * height > _max_pixels():
+        enlarged = width * height > image.width * image.height
+        if width * height > (_MAX_ENLARGED_PIXELS if enlarged else _max_pixels()):
             raise ShardError(
                 f"{self.images[name]}: its {image.width} x {image.height} px become {width:,} x "
                 f"{height:,} at eval.segmentation_size_px={self.size_px}; leave this image out"
@@ -209,7 +213,7 @@ def open_segmentation(uri: str, *, size_px: int = 0) -> SegmentationData:
         StorageError: the folder cannot be read.
     """
     splits = {
-        split: lines_of(uri, f"{split}.txt")
+        split: lines_of(uri, f"{split}.txt", unique=True)
         for split in _SPLITS
         if split != "test" or storage.exists(storage.join(uri, "test.txt"))
     }
@@ -250,13 +254,13 @@ def check_present(
 
 
 def lines_of(
-    uri: str, name: str, *, layout: str = _LAYOUT, numbered: bool = False
+    uri: str, name: str, *, layout: str = _LAYOUT, numbered: bool = False, unique: bool = False
 ) -> tuple[str, ...]:
     """Return the lines of a list in a folder, blank ones left out.
 
     Raises:
         ShardError: it is missing, which ``layout`` says in words should be there, or empty, or
-            lines are ``numbered`` and one before the last is blank.
+            lines are ``numbered`` and one before the last is blank, or ``unique`` and one repeats.
     """
     path = storage.join(uri, name)
     if not storage.exists(path):
@@ -268,6 +272,12 @@ def lines_of(
         raise ShardError(f"{path}: line {blank} is blank, and line numbers are labels; remove it")
     if not lines:
         raise ShardError(f"{path}: is empty; write one name per line")
+    repeated = [line for line, count in Counter(lines).items() if count > 1]
+    if unique and repeated:
+        raise ShardError(
+            f"{path}: {len(repeated)} lines occur more than once ({_some(repeated)}), and would "
+            "count several times; remove the repeated lines"
+        )
     return lines
 
 

@@ -63,7 +63,7 @@ def _check_palette(image: Image.Image, indices: Labels, known: Collection[int]) 
     """Refuse a palette that may have been made from a gray mask by a program that saves space.
 
     Its indices are then not the labels, its grays are. A palette made for viewing has other colors,
-    or grays far above the labels.
+    black and white alone, or grays that are no labels.
 
     Raises:
         ShardError: the grays of the palette could be labels too, and differ from the indices.
@@ -75,8 +75,8 @@ def _check_palette(image: Image.Image, indices: Labels, known: Collection[int]) 
     grays = colors[:, 0]
     if (colors != grays[:, None]).any() or not all(int(gray) in known for gray in grays):
         return
-    unclear = (grays != used) & (grays > 0) & (grays < 255)
-    if unclear.any():
+    unclear = grays != used
+    if unclear.any() and not np.isin(grays, (0, 255)).all():
         index, gray = int(used[unclear][0]), int(grays[unclear][0])
         raise ShardError(
             f"its palette shows index {index} as gray {gray}, and both could be the label; save it "

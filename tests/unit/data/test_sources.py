@@ -221,7 +221,9 @@ def test_a_list_of_numbers_keeps_them(tmp_path: Path) -> None:
         ("a.png\nb.png\nz.png\n", "1 of its 3 images are missing, first .*z.png"),
         ("a.png,1,2\n", "'a.png,1,2' has 3 fields"),
         ("# nothing\n\n", "lists no image"),
-        ("a.png\na.png\n", "names 'a.png' more than once"),
+        ("a.png\na.png\n", r"names .*/a\.png more than once"),
+        ("a.png,cat\n./a.png,dog\n", r"names .*/a\.png more than once"),
+        ("a.png\nlink/a.png\n", r"names .*/a\.png more than once"),
         ("a.png,99999999\n", "label 99999999 is over"),
         (f"a.png,{'9' * 5000}\n", "label 9{40} is over"),
         ('a.png,"cat\nb.png,dog\n', "line 1: .* is not CSV"),
@@ -235,6 +237,7 @@ def test_a_list_of_numbers_keeps_them(tmp_path: Path) -> None:
 )
 def test_a_wrong_list_is_explained(tmp_path: Path, text: str, message: str) -> None:
     _tree(tmp_path, "a.png", "b.png")
+    (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(PcdError, match=message):
         list_images(str(tmp_path / "list.txt"))
@@ -261,6 +264,14 @@ def test_comment_lines_are_counted_and_minus_one_is_no_label(tmp_path: Path) -> 
     assert notes == [f"{tmp_path}/list.csv: not read: 2 comment lines"]
 
 
+def test_minus_one_is_no_label_beside_names_either(tmp_path: Path) -> None:
+    _tree(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "list.csv").write_text("a.png,-1\nb.png,cat\nc.png,dog\n")
+    index = list_images(str(tmp_path / "list.csv"))
+    assert index.column("label").to_pylist() == [-1, 0, 1]
+    assert classes_of(index) == ("cat", "dog")
+
+
 def test_digits_of_other_scripts_are_names(tmp_path: Path) -> None:
     _tree(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text("a.png,\u00b2\nb.png,3\n")
@@ -280,6 +291,14 @@ def test_several_sources_share_one_index_and_one_set_of_classes(tmp_path: Path) 
         ("two/dog/a.png", 2, 1),
         ("train.2/z.png", -1, 2),
     ]
+
+
+def test_images_of_two_sources_are_noted(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, "dog/a.png", "ant/a.png", "ant/b.png")
+    notes: list[str] = []
+    assert list_sources([tree, f"{tree}/ant"], notes).num_rows == 5
+    (note,) = notes
+    assert note.startswith("data.sources: 2 images are named again by another source and count")
 
 
 def test_one_source_keeps_its_keys(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def test_sizes_and_classes_without_a_pixel_are_known(folder: Path) -> None:
     assert note == "no pixel of val has class tree, and 38% are 255 = void"
 
 
+def test_images_of_train_in_another_split_are_noted(folder: Path) -> None:
+    (folder / "val.txt").write_text("val_00\ntrain_00\n")
+    (note,) = looked_through(open_segmentation(str(folder))).notes
+    assert note.startswith("1 of 2 images of val are in train too: scores on them do not show")
+
+
 ONE_CLASS: dict[str, tuple[dict[int, int], list[str], str]] = {
     "objects marked with 255": (
         {1: 255, 2: 255},

@@ -62,12 +62,21 @@ def test_photographs_are_turned_as_viewers_turn_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_segmentation(folder).decoded("val_00")[1], labels)
 
 
-def test_a_strip_that_resizing_would_make_huge_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strip", "size_px", "shown"),
+    [
+        ((60_000, 1), 240, "60000 x 1 px become 14,400,000 x 240"),
+        ((20_000, 2), 64, "20000 x 2 px become 640,000 x 64"),  # a network took 5 GB for it
+    ],
+)
+def test_a_strip_that_resizing_would_make_huge_is_refused(
+    strip: tuple[int, int], size_px: int, shown: str, tmp_path: Path
+) -> None:
     folder = painted_set(tmp_path)
-    Image.new("RGB", (60_000, 1)).save(tmp_path / "images" / "val_01.png")
-    message = r"val_01\.png: its 60000 x 1 px become 14,400,000 x 240"
+    Image.new("RGB", strip).save(tmp_path / "images" / "val_01.png")
+    message = rf"val_01\.png: its {shown}"
     with pytest.raises(ShardError, match=message):
-        open_segmentation(folder, size_px=240).decoded("val_01")
+        open_segmentation(folder, size_px=size_px).decoded("val_01")
 
 
 def test_lists_are_read_with_byte_order_marks_and_lose_no_line(tmp_path: Path) -> None:
@@ -238,6 +247,16 @@ NO_LABELS: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], str]] = {
         {},
         r"its palette shows index 1 as gray 2, and both could be the label; save it as an 8-bit",
     ),
+    "palette made of grays with void": (
+        lambda: palette_mask([0, 1, 255]),
+        {},
+        r"its palette shows index 2 as gray 255, and both could be the label; save it as an 8-bit",
+    ),
+    "palette sorted by frequency": (
+        lambda: palette_mask([1, 0, 2]),
+        {},
+        r"its palette shows index 0 as gray 1, and both could be the label; save it as an 8-bit",
+    ),
 }
 
 
@@ -323,3 +342,13 @@ def test_camvid_is_read_as_its_readme_says(shared: Path) -> None:
     road = data.classes.index("road")
     assert float((masks == road).float().mean()) == pytest.approx(0.2895, abs=5e-5)
     assert float((masks == 255).float().mean()) == pytest.approx(0.0170, abs=5e-5)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_that_a_split_lists_twice_is_refused(split: str, tmp_path: Path) -> None:
+    painted_set(tmp_path)
+    list_file = tmp_path / f"{split}.txt"
+    list_file.write_text(f"{list_file.read_text()}\n {split}_00 \n")
+    message = rf"{split}\.txt: 1 lines occur more than once \({split}_00\).*remove the repeated"
+    with pytest.raises(ShardError, match=message):
+        open_segmentation(str(tmp_path))
