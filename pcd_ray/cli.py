@@ -230,21 +230,23 @@ def _form(verb: str, target: str) -> str:
 
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
     from pcd_ray.config import is_override
-    from pcd_ray.ray_demo import QUICK, DemoSize, demo
 
-    words, size = options.words, QUICK if options.quick else DemoSize()
+    words = options.words
     if not words or is_override(words[0]):
         name = ["run.name=demo_quick"] if options.quick else []
         words = [str(importlib.resources.files("pcd_ray") / "demo.yaml"), *name, *words]
-    summary: dict[str, Any] = demo(_config(words), size).summary()
+    config = _config(words)
+    from pcd_ray.ray_demo import QUICK, DemoSize, demo
+
+    summary: dict[str, Any] = demo(config, QUICK if options.quick else DemoSize()).summary()
     return summary
 
 
 def _pack(options: argparse.Namespace) -> dict[str, Any]:
+    config = _config(options.words)
     from pcd_ray.data.ray_pack import pack
     from pcd_ray.ray_placement import task_of_data, wait_for_data_nodes
 
-    config = _config(options.words)
     task = task_of_data(config)
 
     def ready() -> None:
@@ -254,9 +256,9 @@ def _pack(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:
+    config = _config(options.words)
     from pcd_ray.train.ray_launch import dry_run, train
 
-    config = _config(options.words)
     if options.dry_run:
         plan: dict[str, Any] = dry_run(config).summary()
         return plan
@@ -267,8 +269,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(options: argparse.Namespace) -> dict[str, Any]:
-    from pcd_ray.config import config_from_file, is_override, overridden
-    from pcd_ray.evaluate.ray_eval import config_for, evaluate
+    from pcd_ray.config import Config, config_from_file, is_override, overridden
 
     kind, *words = options.words or [""]
     # without a section it is a student: a run's folder may be called lr=0.1
@@ -284,9 +285,11 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
         overrides.append(f"eval.detect.fraction={options.fraction}")
     if len(files) > 1:
         raise ConfigError(f"got {len(files)} configurations ({', '.join(files)}); give one")
-    config = overridden(
-        config_for(students, config_from_file(files[0]) if files else None), overrides
-    )
+    given = config_from_file(files[0]) if files else None
+    overridden(given or Config(), overrides)  # a wrong option is refused before torch is loaded
+    from pcd_ray.evaluate.ray_eval import config_for, evaluate
+
+    config = overridden(config_for(students, given), overrides)
     summary: dict[str, Any] = evaluate(kind, students, config).summary()
     if not options.json:
         for long in ("scores", "classes", "about"):  # on the page, and in summary.json
@@ -295,9 +298,10 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tune(options: argparse.Namespace) -> dict[str, Any]:
+    config = _config(options.words)
     from pcd_ray.tune.ray_sweep import sweep
 
-    summary: dict[str, Any] = sweep(_config(options.words)).summary()
+    summary: dict[str, Any] = sweep(config).summary()
     return summary
 
 
@@ -308,10 +312,7 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from pcd_ray.checkpoint import find_checkpoint
     from pcd_ray.config import Config, is_override, overridden
-    from pcd_ray.export import export_checkpoint
-    from pcd_ray.storage import absolute
 
     overrides = [word for word in options.words if is_override(word)]
     run = _one([word for word in options.words if word not in overrides], "export RUN")
@@ -320,7 +321,11 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(
                 f"{word!r} is none of export.*; a trained run's other options are settled: drop it"
             )
-    overridden(Config(), overrides)  # a wrong option is told before a checkpoint is read
+    overridden(Config(), overrides)  # a wrong option is refused before a checkpoint is read
+    from pcd_ray.checkpoint import find_checkpoint
+    from pcd_ray.export import export_checkpoint
+    from pcd_ray.storage import absolute
+
     stored = find_checkpoint(absolute(run))
     result = export_checkpoint(stored, overridden(stored.config, overrides).export)
     return result.summary() if options.json else result.overview()

@@ -54,6 +54,26 @@ print(sorted({{"ray", "torch", "numpy", "pyarrow", "pydantic", "yaml"}} & set(sy
     assert found.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_wrong_option_is_refused_before_anything_heavy_is_loaded() -> None:
+    commands = (
+        *("train loss.temprature=3", "tune tune.trils=3", "pack data.sharts=x", "demo run.nam=x"),
+        *("eval knn runs/a loss.temprature=3", "export runs/a export.pth=x"),
+    )
+    code = f"""
+import sys
+from pcd_ray.cli import main
+for command in {commands!r}:
+    assert main(command.split()) == 2, command
+    assert not {{"ray", "torch", "pyarrow", "PIL", "cv2"}} & set(sys.modules), command
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert found.stderr.count("did you mean") == len(commands)
+
+
 def test_help_names_every_verb_and_its_form(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
