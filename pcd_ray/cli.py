@@ -334,6 +334,8 @@ def _config(words: Sequence[str]) -> Any:
 def _one(words: Sequence[str], form: str) -> str:
     if len(words) != 1:
         raise PcdError(f"got {len(words)} arguments; the form is: pcd-ray {form}")
+    if not words[0]:
+        raise PcdError(f"got an empty path; the form is: pcd-ray {form}")
     return words[0]
 
 

@@ -147,6 +147,7 @@ def test_a_table_has_a_line_for_each_value(images: str, capsys: pytest.CaptureFi
         (["inspect", "nowhere"], "nowhere: there is no such file or folder; check the path"),
         (["inspect"], "got 0 arguments; the form is: pcd-ray inspect PATH"),
         (["inspect", "a", "b"], "got 2 arguments; the form is: pcd-ray inspect PATH"),
+        (["inspect", ""], "got an empty path; the form is: pcd-ray inspect PATH"),
         (["export"], "got 0 arguments; the form is: pcd-ray export RUN"),
         (["export", "export.path=a"], "got 0 arguments; the form is: pcd-ray export RUN"),
         (["export", "nowhere"], "nowhere holds no complete checkpoint"),

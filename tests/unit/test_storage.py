@@ -184,3 +184,16 @@ def test_a_question_mark_in_a_local_name_is_part_of_it(tmp_path: Path) -> None:
 def test_an_unknown_scheme_is_refused_in_words() -> None:
     with pytest.raises(StorageError, match=r"ftp2://host/a cannot be opened.*; give a path, s3:"):
         storage.exists("ftp2://host/a")
+
+
+def test_a_library_that_cannot_open_a_uri_is_an_error_of_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Hub:
+        @staticmethod
+        def from_uri(uri: str) -> None:
+            raise RuntimeError(f"no connection for {uri}")  # as hf:// without a network
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", Hub)
+    with pytest.raises(StorageError, match=r"hf://a/b cannot be opened: RuntimeError: no connect"):
+        storage.exists("hf://a/b")
