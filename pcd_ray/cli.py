@@ -11,6 +11,7 @@ import difflib
 import importlib.resources
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -112,7 +113,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the verb and return what came of it, as ``--result`` keeps it."""
     verb: Callable[[argparse.Namespace], dict[str, Any]] = options.run
     try:
-        with _exits_on_sigterm(), contextlib.redirect_stdout(sys.stderr):  # Ray prints there
+        # Ray prints on stdout too
+        with _exits_on_sigterm(), _without_rays_log(), contextlib.redirect_stdout(sys.stderr):
             _check_working_folder()
             return {"exit_code": 0, "error": "", "summary": verb(options)}
     except PcdError as error:
@@ -153,6 +155,43 @@ def _exits_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _without_rays_log() -> Iterator[None]:
+    """Keep the log lines of Ray's C++ core off stderr; they are in Ray's own files.
+
+    It writes them to the file descriptor, at levels that no setting turns off without a line of its
+    own: that each actor of a data pool could not be restarted, say, or that a node has gone.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    thread = threading.Thread(target=_pass_on, args=(reading, stderr), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os.dup2(stderr, 2)  # ends the pipe, unless a child process still holds it
+        thread.join(_LAST_LINES_S)
+
+
+def _pass_on(reading: int, stderr: int) -> None:
+    """Copy lines from a pipe to ``stderr``, Ray's own left out."""
+    rest = b""
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
+        while data := os.read(reading, 65_536):
+            *lines, rest = (rest + data).split(b"\n")
+            os.write(stderr, b"".join(line + b"\n" for line in lines if not _RAYS.match(line)))
+        os.write(stderr, rest)
+    os.close(reading)  # a writer is told so, as without this
 
 
 def _failed(code: int, story: str) -> dict[str, Any]:
@@ -356,6 +395,8 @@ def _config(words: Sequence[str]) -> Any:
 def _one(words: Sequence[str], form: str) -> str:
     if len(words) != 1:
         raise PcdError(f"got {len(words)} arguments; the form is: pcd-ray {form}")
+    if not words[0]:
+        raise PcdError(f"got an empty path; the form is: pcd-ray {form}")
     return words[0]
 
 
@@ -381,6 +422,8 @@ def _print_table(summary: dict[str, Any], prefix: str = "") -> None:
         print(f"{name:<{width}}  " + f"\n{'':<{width}}  ".join(lines))
 
 
+_RAYS = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [DIWE] \d+ \d+\] (\(\S+\) )?\w+\.cc:\d+: ")
+_LAST_LINES_S = 2.0
 _LINE = 100  # characters of a value on one line of a table
 _NETWORKS = ("untrained", "student", "teacher")
 

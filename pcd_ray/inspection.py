@@ -11,7 +11,7 @@ from pcd_ray.data.shards import MANIFEST, open_shards, verify_shards
 from pcd_ray.data.sources import LIST_SUFFIXES, is_list, list_images
 from pcd_ray.distill.heads import output_width
 from pcd_ray.distill.spatial_adaptor import layer_names
-from pcd_ray.distill.teacher_parts import headless_words, take_apart
+from pcd_ray.distill.teacher_parts import arch_advice, headless_words, take_apart
 from pcd_ray.distill.weights import read_weights
 from pcd_ray.errors import PcdError
 
@@ -111,7 +111,7 @@ def _weights(uri: str) -> InspectResult:
     head = list(parts.head) if parts.head is not None else []
     network = parts.network
     if isinstance(network, str):
-        network = f"not known: {parts.foreign or f'{network}; set teacher.arch'}"
+        network = f"not known: {parts.foreign or f'{network}; {arch_advice(network)}'}"
     return InspectResult(
         "weights",
         {

@@ -127,7 +127,12 @@ def _remote_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     base, query = split_query(uri)
     scheme, _, path = base.partition("://")
     if scheme not in BUCKETS:
-        fs, path = pafs.FileSystem.from_uri(uri)
+        try:
+            fs, path = pafs.FileSystem.from_uri(uri)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the library behind it, such as hf://'s
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         return fs, path
     if scheme != "s3" and "retry_limit_seconds=" not in query:
         query += f"{'&' if query else '?'}retry_limit_seconds=1"  # it would go on for 15 minutes

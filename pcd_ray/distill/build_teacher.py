@@ -17,9 +17,15 @@ from pcd_ray.distill.backbones import (
 )
 from pcd_ray.distill.conversions import EFFICIENTNET_NAMES
 from pcd_ray.distill.heads import MlpShape
-from pcd_ray.distill.networks import HEADS_UNKNOWN, NO_NAMES, Network
+from pcd_ray.distill.networks import HEADS_UNKNOWN, Network
 from pcd_ray.distill.teacher import TeacherIdentity
-from pcd_ray.distill.teacher_parts import OTHER_HEADS, TeacherParts, headless_words, take_apart
+from pcd_ray.distill.teacher_parts import (
+    OTHER_HEADS,
+    TeacherParts,
+    arch_advice,
+    headless_words,
+    take_apart,
+)
 from pcd_ray.distill.timm_heads import classifier_of, clip_projection, own_head
 from pcd_ray.distill.tokens import has_own_vector
 from pcd_ray.distill.weights import load_backbone, read_weights
@@ -27,7 +33,6 @@ from pcd_ray.errors import ConfigError, PcdError, WeightsError
 
 _BARE = ("timm", EFFICIENTNET_NAMES)
 """Layouts of a backbone alone."""
-_IF_TIMMS = ", where these are the names of a timm network"
 UNKNOWN_LICENSE = "unknown"
 """Of weights that neither say their license nor are given one."""
 
@@ -165,8 +170,8 @@ def _network(teacher: TeacherConfig, parts: TeacherParts) -> Network:
     found = parts.network
     if found == HEADS_UNKNOWN and not (teacher.arch and "num_heads" in teacher.kwargs):
         raise WeightsError(
-            f"{teacher.weights} is {found}; set teacher.arch=vit_small_patch16_224 and "
-            "'teacher.kwargs={num_heads: 12}', or 6"
+            f"{teacher.weights} is {found}; set teacher.arch=vit_small_patch16_224 (or vit_tiny_"
+            "patch16_224) and 'teacher.kwargs={num_heads: 12}', or 6 (tiny: 3)"
         )
     if not teacher.arch:
         if parts.foreign:
@@ -176,8 +181,8 @@ def _network(teacher: TeacherConfig, parts: TeacherParts) -> Network:
             kind = f" ({parts.layout})" if released else ""
             whole = "give the file as published, or " if released else ""
             raise WeightsError(
-                f"{teacher.weights}{kind} does not say its network: {found}; {whole}set "
-                f"teacher.arch to the timm name{_IF_TIMMS if found.startswith(NO_NAMES) else ''}"
+                f"{teacher.weights}{kind} does not say its network: {found}; {whole}"
+                f"{arch_advice(found)}"
             )
         return found
     given = Network(teacher.arch)

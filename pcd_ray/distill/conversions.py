@@ -214,6 +214,21 @@ _TRANSFORMERS_RESNET = Naming(
         (r"\.layer\.(\d+)\.normalization\.", lambda match: f".bn{int(match[1]) + 1}."),
     ),
 )
+_SEQUENTIAL_RESNET = Naming(
+    name="nn.Sequential",
+    marks=("0.weight", "1.running_mean", "4.0.conv1.weight", "7.0.conv1.weight"),
+    rules=(
+        (r"^0\.", "conv1."),
+        (r"^1\.", "bn1."),
+        (r"^([4-7])\.", lambda match: f"layer{int(match[1]) - 3}."),
+    ),
+)
+"""A ResNet's children in a row, as lightly and many scripts cut off its classifier."""
+_PRETRAINEDMODELS_RESNET = Naming(
+    name="pretrainedmodels",
+    marks=("last_linear.weight", "conv1.weight", "layer1.0.conv2.weight"),
+    rules=((r"^last_linear\.", "fc."),),
+)
 _DINOV3 = Naming(
     name="DINOv3's hub",
     marks=("storage_tokens", "blocks.0.attn.qkv.weight"),
@@ -283,6 +298,8 @@ NAMINGS = (
     replace(_TRANSFORMERS_VIT, marks=(*_PATCHES, "encoder.layer.0.attention.q_proj.weight")),
     _TRANSFORMERS_DINOV3,
     _TRANSFORMERS_RESNET,
+    _SEQUENTIAL_RESNET,
+    _PRETRAINEDMODELS_RESNET,
     _DINOV2,
     replace(_DINOV2, marks=("blocks.0.mlp.w12.weight", "pos_embed", "cls_token")),
     replace(_DINOV2, marks=("blocks.0.0.norm1.weight", "pos_embed", "cls_token")),

@@ -23,7 +23,7 @@ _RESNETS = {  # bottleneck blocks or not, blocks per stage
     (True, (3, 8, 36, 3)): "resnet152",
 }
 _RESNET_KEY = re.compile(
-    r"(conv1|bn1|layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])|fc)"
+    r"(conv1|bn1|layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])|fc(\.\d+)?)"
     r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 )
 _STEM_CHANNELS = 64
@@ -81,8 +81,8 @@ _EFFICIENTNETS = {  # blocks, width of the last one, squeeze-and-excitation or n
 NO_NAMES = "its names"
 """How the reason begins where names tell no network."""
 HEADS_UNKNOWN = (
-    "a small vision transformer with fixed positions, of which no shape tells whether it has 6 "
-    "attention heads or, as MoCo v3's, 12"
+    "a tiny or small vision transformer with fixed positions, of which no shape tells whether it "
+    "has 3 (tiny) or 6 (small) attention heads or, as MAE-Lite's and MoCo v3's, 12"
 )
 
 
@@ -183,7 +183,7 @@ def _vision_transformer(state: Mapping[str, Tensor], *, mocov3: bool) -> Network
             f"a {size} vision transformer of {patch_px} px patches, {registers} registers and "
             f"{positions} positions, which is no common one"
         )
-    if size == "small" and not mocov3 and not state["pos_embed"][0, 0].any():
+    if size in ("tiny", "small") and not mocov3 and not state["pos_embed"][0, 0].any():
         return HEADS_UNKNOWN
     kwargs: dict[str, Any] = {
         "img_size": math.isqrt(positions) * patch_px,

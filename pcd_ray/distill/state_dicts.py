@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ _MAX_NESTING = 4
 _COMPILED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put before names, at any depth."""
 _PARALLEL = re.compile(r"^(\w+\.)??(module\.)+")  # DistributedDataParallel's, of a submodule too
+_COUNTERS = ("n_averaged", "total_ops", "total_params")
+"""What torch's averaged models and counters of operations add: no part of any network."""
 _OWN_ROOTS = ("features", "body", "blocks", "stages", "layers")
 """Modules that hold all weights of some networks: no prefix of a tool."""
 _NETWORKS = ("model", "net", "network", "backbone", "encoder", "student", "teacher")
@@ -31,6 +33,7 @@ _BESIDE = {
     "fc": CLASSIFIER,
     "decoder": _DECODER,
     "decode_head": _DECODER,
+    "aux_classifier": _DECODER,
     "segmentation_head": _DECODER,
     "criterion": _LOSS,
     "loss": _LOSS,
@@ -91,14 +94,18 @@ def open_checkpoint(content: object, *, uri: str) -> StateDict:
         )
     path = next(iter(found)) if len(found) == 1 else _published(found, uri=uri)
     inner = found[path]
-    tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
-    beside = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
+    tensors = {str(key): value for key, value in inner.items() if _is_weight(value, key)}
+    beside = [str(key) for key in inner if str(key) not in tensors]
     outer: Any = content
     for name in path:
         if isinstance(outer, Mapping):
             beside += [str(other) for other in outer if other != name]
         outer = outer[name]
     return StateDict(tensors, ".".join(map(str, path)), tuple(beside))
+
+
+def _is_weight(value: object, key: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and str(key).rpartition(".")[2] not in _COUNTERS
 
 
 def _state_dicts(
@@ -155,8 +162,11 @@ def _what_instead(content: object) -> str:
         return f"a {type(content).__name__}, not a state dict of tensors"
     strange = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
     if not strange:
-        return f"tensors, but none of a network ({listed([*map(str, inner)])})"
-    return f"entries that are no tensors: {listed(strange)}"
+        return f"tensors under names of no network ({listed([*map(str, inner)])})"
+    return (
+        f"entries that are not torch tensors: {listed(strange)} (convert NumPy arrays by "
+        "torch.from_numpy)"
+    )
 
 
 def unwrapped(tensors: _State, *, known: Callable[[_State], bool], uri: str) -> Unwrapped:

@@ -17,7 +17,13 @@ from pcd_ray.distill.conversions import (
     naming_of,
 )
 from pcd_ray.distill.heads import MlpShape, head_from_state, shape_of
-from pcd_ray.distill.networks import HEADS_UNKNOWN, Network, has_classifier, network_of
+from pcd_ray.distill.networks import (
+    HEADS_UNKNOWN,
+    NO_NAMES,
+    Network,
+    has_classifier,
+    network_of,
+)
 from pcd_ray.distill.releases import CLASSIFIER, Layout, layout_of
 from pcd_ray.distill.state_dicts import Unwrapped, listed, unwrapped
 from pcd_ray.distill.weights import METADATA_KEY, WeightsFile, check_finite
@@ -114,6 +120,12 @@ def _notes(file: WeightsFile, plain: Unwrapped, backbone: Converted) -> tuple[st
         *(f"removed {prefix} from its keys" for prefix in plain.removed),
         *([f"converted from {backbone.naming} names to timm's"] if backbone.naming else []),
     )
+
+
+def arch_advice(reason: str) -> str:
+    """Return what to do about a network that is not known, by the reason."""
+    timms = ", where these are the names of a timm network" if reason.startswith(NO_NAMES) else ""
+    return f"set teacher.arch to the timm name{timms}"
 
 
 def all_licences(licences: Iterable[str]) -> str:
@@ -219,6 +231,8 @@ def _bare(file: WeightsFile, plain: Unwrapped, beside: dict[str, str]) -> Teache
     if isinstance(network, Network):  # of others it may be a projection
         names = ("fc", "head", "classifier")
         unused |= {f"{name}.": CLASSIFIER for name in names if f"{name}.weight" in tensors}
+        if any(key.startswith("fc.") for key in tensors) and "fc." not in unused:
+            unused["fc."] = "layers behind the pooling; nothing says what they were trained for"
     supervised = has_classifier(tensors) or bool({CLASSIFIER, POOLER} & {*unused.values()})
     imagenet = found.naming == "torchvision"
     if supervised and not imagenet and _NORMALISED_TWO_WAYS.fullmatch(str(network)):

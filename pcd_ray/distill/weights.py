@@ -152,8 +152,8 @@ def load_backbone(
         WeightsError: keys are missing, left over, or of another shape.
     """
     own = backbone.body.state_dict()
-    classifier = _classifier_names(backbone.body)
-    left = [key for key in state if key not in own and key.rpartition(".")[0] not in classifier]
+    classifier = _classifier_prefixes(backbone.body)
+    left = [key for key in state if key not in own and not key.startswith(classifier)]
     missing = [key for key in own if key not in state and not key.endswith(_COUNT)]
     if state and not own.keys() & state.keys():
         raise WeightsError(
@@ -314,7 +314,7 @@ def _own_metadata(uri: str, metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _classifier_names(body: nn.Module) -> tuple[str, ...]:
+def _classifier_prefixes(body: nn.Module) -> tuple[str, ...]:
     config: Any = body.pretrained_cfg
     names = config.get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

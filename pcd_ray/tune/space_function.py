@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def load_function(name: str) -> SpaceFunction:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
-            module = importlib.import_module(place)
+            module = _imported(place)
         function: SpaceFunction = getattr(module, attribute)
     except Exception as error:
         raise ConfigError(
@@ -39,6 +41,21 @@ def load_function(name: str) -> SpaceFunction:
     if not callable(function):
         raise ConfigError(f"tune.space_function={name!r} is no function; give one")
     return function
+
+
+def _imported(name: str) -> Any:
+    """Import a module, also from the working folder, which ``pcd-ray`` does not have on its path.
+
+    The folder comes last: what lies there hides no package.
+    """
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.reverse()
+        sys.path.remove(folder)  # the last one
+        sys.path.reverse()
 
 
 def source_of(function: SpaceFunction) -> str:

@@ -167,6 +167,7 @@ def test_a_table_has_a_line_for_each_value(images: str, capsys: pytest.CaptureFi
         (["inspect", "nowhere"], "nowhere: there is no such file or folder; check the path"),
         (["inspect"], "got 0 arguments; the form is: pcd-ray inspect PATH"),
         (["inspect", "a", "b"], "got 2 arguments; the form is: pcd-ray inspect PATH"),
+        (["inspect", ""], "got an empty path; the form is: pcd-ray inspect PATH"),
         (["export"], "got 0 arguments; the form is: pcd-ray export RUN"),
         (["export", "export.path=a"], "got 0 arguments; the form is: pcd-ray export RUN"),
         (["export", "nowhere"], "nowhere holds no complete checkpoint"),
@@ -383,3 +384,24 @@ def test_a_stop_is_told_in_words_whoever_asked_for_it(stop: BaseException) -> No
 def test_an_exit_that_is_no_stop_goes_on() -> None:
     with pytest.raises(SystemExit, match="3"):
         _run(argparse.Namespace(run=lambda _: sys.exit(3)))
+
+
+def test_log_lines_of_rays_core_do_not_reach_the_console() -> None:
+    code = """
+import os, sys
+from pcd_ray import cli
+def verb(options):
+    os.write(2, b"[2026-11-29 02:03:48,888 E 12 345] core_worker.cc:2465: Actor with class ")
+    os.write(2, b"name: 'A' has constructor arguments in the object store\\nfirst\\n")
+    print("second", file=sys.stderr)
+    os.write(2, b"[2026-11-29 02:03:48,888 W 12 345] (raylet) node_manager.cc:1: gone\\nno newline")
+    return {"value": 1}
+cli._VERBS = (("pack", "", verb, ""),)
+sys.exit(cli.main(["pack"]))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert found.stderr == "first\nsecond\nno newline"
+    assert found.stdout == "value  1\n"

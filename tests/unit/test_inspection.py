@@ -73,7 +73,7 @@ def test_weights_of_timm(tmp_path: Path) -> None:
     assert found["method"] == "not said: a bare backbone"
     assert found["tensors"] == len(model.state_dict())
     assert str(found["network"]).startswith("not known: its names (bn1, conv1, ")
-    assert str(found["network"]).endswith("; set teacher.arch")
+    assert str(found["network"]).endswith("the names of a timm network")
     assert str(found["head"]).startswith("none: it is the backbone alone")
     assert found["licence"] == "unknown"
     assert found["mean"] == found["std"] == "what timm says of the network"

@@ -190,3 +190,16 @@ def test_an_unknown_scheme_is_refused_in_words() -> None:
 def test_json_that_gives_a_key_twice_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="the key 'a' is given twice"):
         storage.parse_json(text)
+
+
+def test_a_library_that_cannot_open_a_uri_is_an_error_of_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Hub:
+        @staticmethod
+        def from_uri(uri: str) -> None:
+            raise RuntimeError(f"no connection for {uri}")  # as hf:// without a network
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", Hub)
+    with pytest.raises(StorageError, match=r"hf://a/b cannot be opened: RuntimeError: no connect"):
+        storage.exists("hf://a/b")

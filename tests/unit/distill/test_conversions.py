@@ -157,6 +157,28 @@ def test_a_resnet_of_transformers_is_timms(arch: str) -> None:
     same(parts, expected)
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone.", "model.backbone.", "module.encoder.0."])
+def test_a_resnet_in_a_sequential_is_timms(prefix: str) -> None:
+    places = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    expected = dict(network("resnet18").state_dict())
+    theirs: State = {}
+    for key, value in expected.items():
+        child, _, rest = key.partition(".")
+        theirs[f"{prefix}{places[child]}.{rest}"] = value
+    parts = parts_of(theirs)
+    assert parts.network == Network("resnet18")
+    same(parts, expected)
+
+
+@pytest.mark.parametrize("classifier", ["last_linear.", "fc.1.", "fc.0."])
+def test_a_resnet_with_another_classifier_is_a_teacher(classifier: str, tmp_path: Path) -> None:
+    state = dict(network("resnet18").state_dict())
+    state |= {f"{classifier}weight": torch.ones(10, 512), f"{classifier}bias": torch.ones(10)}
+    teacher = TeacherConfig(weights=save(state, tmp_path / "weights.pth"), head="none")
+    assert load_teacher(teacher).identity.arch == "resnet18"
+    assert "fc." in parts_of(state).unused
+
+
 # hubs of DINOv2 and DINOv3
 
 

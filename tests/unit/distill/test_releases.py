@@ -370,11 +370,23 @@ def test_a_network_that_is_not_told_needs_teacher_arch(name: str, tmp_path: Path
 @pytest.mark.parametrize("arch", ["", "vit_small_patch16_224"])
 def test_attention_heads_that_no_shape_tells_must_be_given(arch: str, tmp_path: Path) -> None:
     path = save({"state_dict": _vit()}, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match=r"whether it has 6 .*; set teacher.arch=vit_small_.*12"):
+    with pytest.raises(
+        WeightsError, match=r"whether it has 3 .* 6 .*; set teacher.arch=vit_small_.*12"
+    ):
         load(path, arch=arch)
     for heads in (6, 12):
         loaded = load(path, arch="vit_small_patch16_224", kwargs={"num_heads": heads})
         assert loaded.backbone.body.blocks[0].attn.num_heads == heads
+
+
+def test_heads_of_a_tiny_one_with_fixed_positions_must_be_given(tmp_path: Path) -> None:
+    tiny = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    tiny["pos_embed"][:, 0] = 0  # as MAE-Lite's, which has 12
+    path = save({"model": tiny}, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match="whether it has 3 "):
+        load(path)
+    loaded = load(path, arch="vit_tiny_patch16_224", kwargs={"num_heads": 12})
+    assert loaded.backbone.body.blocks[0].attn.num_heads == 12
 
 
 def test_keys_with_and_without_the_parallel_prefix_are_refused(tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ def test_keys_that_nothing_explains_are_refused(resnet: State) -> None:
         assert "teacher.arch" not in str(refused.value)
 
 
+def test_counters_that_tools_add_are_no_part_of_the_network(resnet: State, tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(timm.create_model("resnet18", num_classes=0))
+    assert "n_averaged" in averaged.state_dict()
+    counted = {**under("model.", resnet), "total_ops": torch.zeros(1)}
+    counted["model.layer1.total_params"] = torch.zeros(1)
+    for state in (averaged.state_dict(), counted):
+        parts = take_apart(opened(state, tmp_path))
+        assert parts.network == Network("resnet18")
+        assert parts.backbone.keys() == resnet.keys()
+
+
 # containers
 
 
@@ -183,6 +194,12 @@ def test_nested_and_mixed_containers_are_opened(resnet: State, tmp_path: Path) -
     assert (mixed.entry, mixed.beside) == ("", ("epoch", "classes"))
     pair = opened((resnet, 3), tmp_path)
     assert pair.tensors.keys() == resnet.keys()
+
+
+def test_arrays_of_numpy_are_said_to_need_conversion(resnet: State, tmp_path: Path) -> None:
+    arrays = {key: value.numpy() for key, value in resnet.items()}
+    with pytest.raises(WeightsError, match=r"not torch tensors: conv1\.weight.*torch\.from_numpy"):
+        opened(arrays, tmp_path)
 
 
 def test_a_lightning_checkpoint_is_a_teacher(resnet: State, tmp_path: Path) -> None:

@@ -368,10 +368,13 @@ NO_WEIGHTS = {
     "torn safetensors": (safetensors.torch.save(WEIGHTS)[:40], "damaged safetensors"),
     "tensor": (saved(torch.ones(3)), "holds a Tensor, not a state dict"),
     "list": (saved([torch.ones(3)]), "holds a list, not a state dict"),
-    "numbers": (saved({"epoch": 3, "lr": 0.1}), "no tensors: epoch, lr"),
-    "arguments": (saved({"args": argparse.Namespace(lr=1)}), "no tensors: args"),
-    "arguments among weights": (saved({"a": torch.ones(1), "b": np.float64(1)}), "no tensors: b"),
-    "mixed": (saved({"state_dict": {"a": torch.ones(1), "b": 3}}), "no tensors: b"),
+    "numbers": (saved({"epoch": 3, "lr": 0.1}), "not torch tensors: epoch, lr"),
+    "arguments": (saved({"args": argparse.Namespace(lr=1)}), "not torch tensors: args"),
+    "arguments among weights": (
+        saved({"a": torch.ones(1), "b": np.float64(1)}),
+        "not torch tensors: b",
+    ),
+    "mixed": (saved({"state_dict": {"a": torch.ones(1), "b": 3}}), "not torch tensors: b"),
     "no tensors": (saved({"state_dict": {}}), "not a state dict"),
     "no tensors, safely": (safetensors.torch.save({}), "holds no tensors"),
     "foreign metadata": (

@@ -1,5 +1,6 @@
 """The space is checked before a trial starts; a trial is the configuration with other values."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,23 @@ def test_a_function_may_ask_on_conditions_and_set_options(function_file: str) ->
         values = drawn(space, study.ask())
         assert ("student.mhsa.heads" in values) == (values["student.mhsa.depth"] > 0)
         assert trial_config(config, values).loss.queue_size == 128
+
+
+def test_a_module_of_the_working_folder_is_found_and_hides_no_package(
+    function_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(function_file).parent
+    (folder / "optuna.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(folder)
+    before = [entry for entry in sys.path if entry not in ("", str(folder))]  # as of `pcd-ray`
+    monkeypatch.setattr(sys, "path", list(before))
+    monkeypatch.delitem(sys.modules, "my_space", raising=False)
+    space = open_space(tiny_config(tune={"space_function": "my_space:space"}))
+    assert "student.mhsa.depth" in space.distributions
+    assert sys.path == before
+    with pytest.raises(ConfigError, match="has no attribute 'nothing'"):
+        open_space(tiny_config(tune={"space_function": "optuna:nothing"}))
+    del sys.modules["my_space"]
 
 
 @pytest.mark.parametrize(
