@@ -123,5 +123,5 @@ def test_more_components_than_the_pixels_hold_are_refused() -> None:
         pca_head(pixels(), dim=10, whiten=0.0)
     with pytest.raises(WeightsError, match=r"teacher.fit.dim=5 exceeds .* use at most 4"):
         pca_head(pixels(count=5), dim=5, whiten=0.0)
-    with pytest.raises(WeightsError, match="do not vary .*or use larger images"):
+    with pytest.raises(WeightsError, match=r"do not vary .*or use larger images"):
         pca_head(torch.ones(50, 9), dim=3, whiten=0.0)
