@@ -42,7 +42,10 @@ def pca_head(pixels: Tensor, *, dim: int, whiten: float) -> nn.Sequential:
     variances, axes = torch.linalg.eigh(covariance)  # ascending
     variances, axes = variances.flip(0)[:dim].clamp(min=0), axes.flip(1)[:, :dim]
     if not variances[0] > 0:
-        raise WeightsError("the teacher's pixels do not vary (variance 0); check its weights")
+        raise WeightsError(
+            "the teacher's pixels do not vary (variance 0); check its weights, or use "
+            "larger images (augment.image_size_px)"
+        )
     # an eigenvector's sign is arbitrary: fix it, so that the same pixels give the same head
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
     scale = (variances / variances[0]).clamp(min=1e-6).sqrt() ** -whiten  # (dim,)
@@ -107,7 +110,10 @@ def contrastive_head(
         )
     spread = features.flatten(0, 1).std(dim=0)
     if not spread.max() > 0:
-        raise WeightsError("the teacher's features do not vary (deviation 0); check its weights")
+        raise WeightsError(
+            "the teacher's features do not vary (deviation 0); check its weights, or use "
+            "larger images (augment.image_size_px)"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Sequential(
