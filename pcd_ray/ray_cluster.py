@@ -135,7 +135,7 @@ def call_in_tasks(
         num_gpus=share.gpus,
         label_selector=dict(share.labels),
         runtime_env={"env_vars": PASSIVE_THREADS | threads},
-    )(_work_heard)
+    )(_work_heard).options(name=work.__name__)  # as processes and Ray's tools show it
     mailbox = f"progress-{uuid.uuid4().hex}" if what and len(arguments) == 1 else ""
     begun = [task.remote(mailbox, work, *each) for each in arguments]
     try:
