@@ -1,6 +1,6 @@
 """Distil a student.
 
-Run: python jobs/train.py configs/debug_cpu.yaml train.num_workers=2
+Run: python jobs/train.py configs/debug_cpu.yaml data.shards=SHARDS teacher.weights=FILE
 """
 
 import sys

@@ -36,8 +36,8 @@ class EvalConfig:
     """The linear probe of ``pcd-ray eval linear``."""
     segmentation: str = ""
     """Labelled segmentation set, laid out as ``eval.segment.preset`` says, a folder with images/,
-    masks/, train.txt, val.txt (and test.txt) by default: a linear probe on the frozen map is
-    trained at the end of the run; empty: none."""
+    masks/ (PNG), classes.txt, train.txt, val.txt (and test.txt) by default: a linear probe on the
+    frozen map is trained at the end of the run; empty: none."""
     segmentation_size_px: int = 0
     """Height to which its images are resized; 0 keeps theirs."""
     image_size_px: int = 0
