@@ -355,14 +355,13 @@ def test_evaluation_reads_the_rows_asked_for_in_order(shards: Shards, source: st
             assert np.array_equal(view, eval_view(image.convert("RGB"), 16))
 
 
-class Owner:
-    """An actor by whose name its reservation is known."""
-
-    def here(self) -> bool:
-        return True
-
-
 def test_what_an_ended_run_reserved_is_given_back_by_its_id() -> None:
+    class Owner:
+        """An actor by whose name its reservation is known."""
+
+        def here(self) -> bool:
+            return True
+
     owner = ray.remote(num_cpus=0)(Owner).options(name="owner").remote()
     assert ray.get(owner.here.remote())
     reserved = ray.util.placement_group([{"CPU": 1}])
