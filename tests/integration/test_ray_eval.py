@@ -117,7 +117,7 @@ def test_what_a_task_dies_of_is_told_in_words() -> None:
     def doubled(value: int) -> int:
         return 2 * value
 
-    with pytest.raises(ClusterError, match="a process that computes died"):
+    with pytest.raises(ClusterError, match="a process that computes was lost"):
         call_in_tasks(die, [()], share=share)
     with pytest.raises(ClusterError, match=r"there was not enough memory \(CUDA out of memory"):
         call_in_tasks(fill, [()], share=share)
