@@ -467,7 +467,7 @@ def text_file(bad: BadInput) -> str:
     [
         ("data.shards=", "data.shards is empty; give the folder that `pcd-ray pack` wrote"),
         ("data.shards={folder}/none", r"none\S* .*pack"),
-        ("teacher.weights={folder}/none.pth", r"none\.pth cannot be read: .*check the path"),
+        ("teacher.weights={folder}/none.pth", r"none\.pth cannot be read: .*correct the path"),
         ("teacher.weights={text}", r"weights\.pth is .*"),
         (
             "teacher.weights={leftover}",
@@ -492,7 +492,7 @@ def text_file(bad: BadInput) -> str:
             "optim.warmup_epochs=9",
             r"optim\.warmup_epochs=9 covers all of train\.epochs=2; use less",
         ),
-        ("run.root={file}", r"good\.yaml/\S+ cannot be written: .*check the path"),
+        ("run.root={file}", r"good\.yaml/\S+ cannot be .*a file is where a folder is needed"),
         ("eval.knn_test={folder}/none", r"none: there is no such folder"),
     ],
 )
