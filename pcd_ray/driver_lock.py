@@ -289,8 +289,8 @@ def driving(marks: Marks, say: Callable[[str], None] | None = None) -> Iterator[
 
 
 def _interrupt_main() -> None:
-    """End what the main thread does, as Ctrl-C would."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    """End what the main thread does; a job in the background may ignore SIGINT."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _exit(number: int, frame: object) -> None:

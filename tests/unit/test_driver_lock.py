@@ -259,10 +259,14 @@ def test_the_lock_ends_with_its_block_and_leaves_nothing(tmp_path: Path) -> None
 
 
 DRIVER = """
-import sys, time
+import signal, sys, time
 from pcd_ray.driver_lock import FolderMarks, driving
 from pcd_ray import driver_lock
 driver_lock.REFRESH_S = float(sys.argv[2])
+if sys.argv[3] == "foreground":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+else:  # as a job of a shell
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 try:
     with driving(FolderMarks(sys.argv[1], "run.name")):
         print("drives", flush=True)
@@ -274,10 +278,10 @@ except BaseException as error:
 """
 
 
-@pytest.fixture
-def driver(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+@pytest.fixture(params=["foreground"])
+def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     """A process that drives a folder until it is ended."""
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "m"), "0.05"]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "m"), "0.05", request.param]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -296,6 +300,7 @@ def test_a_driver_that_is_stopped_releases_its_lock(
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("driver", ["foreground", "background"], indirect=True)
 def test_a_driver_that_another_took_over_from_is_stopped(
     driver: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
